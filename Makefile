@@ -1,0 +1,27 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set everything up first, and skip that when it is up to date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Set TORCH_INDEX to a wheel index with CPU builds of torch where the default one serves CUDA builds.
+TORCH_INDEX ?=
+
+.PHONY: setup demo test lint types
+setup: $(VENV)/.stamp
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install -q -c constraints.txt -e ".[openvino,dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/edgekd compress --teacher sam_nano --target host --data examples/photos --output runs/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy edgekd

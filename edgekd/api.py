@@ -1,0 +1,248 @@
+"""One keyword-only function per verb. Importing this loads no torch; each verb loads what it needs.
+
+    from edgekd import api
+    report = api.compress(teacher="sam_nano", target="host", data="photos", budget_ms=30)
+
+Results are typed reports or plain JSON-like dictionaries; files go under `output`. Every error that a user can act on is an
+`EdgekdError`.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd import console
+from edgekd import recipe as recipes
+from edgekd import target as targets
+from edgekd.errors import EdgekdError, UsageError, unknown
+from edgekd.workspace import write_atomic
+
+if TYPE_CHECKING:
+    from edgekd.protocols import Dataset
+    from edgekd.recipe import Recipe
+    from edgekd.report.schema import Report
+    from edgekd.tasks.predict import Box, Point, Prediction
+    from edgekd.tasks.promptable import Evaluation
+
+
+def load_recipe(name: str | Path = "default", *, sets: Sequence[str] = (), teacher: str | None = None,
+                budget: Mapping[str, float | None] | None = None) -> Recipe:
+    """A recipe with what the command line says on top of it: `--set`, then `--teacher` and the `--budget-*` flags.
+
+    Raises:
+        UsageError: anything wrong in it, all at once.
+    """
+    flags = [f"budget.{key}={value}" for key, value in (budget or {}).items() if value is not None]
+    found = recipes.resolve(name, [*sets, *flags])
+    return found.model_copy(update={"teacher": teacher}) if teacher is not None else found
+
+
+def compress(*, target: str, data: str | Path, teacher: str | None = None, recipe: str | Path = "default", sets: Sequence[str] = (),
+             output: Path | None = None, budget_ms: float | None = None, budget_mb: float | None = None, resume: bool = True,
+             command: str | None = None) -> Report:
+    """The loop: distil, quantize, export, profile, decide, report. The same call again continues where it stopped."""
+    from edgekd import pipeline
+
+    return pipeline.compress(_options(target, data, teacher, recipe, sets, output, budget_ms, budget_mb, resume, command))
+
+
+def plan(*, target: str, data: str | Path, teacher: str | None = None, recipe: str | Path = "default", sets: Sequence[str] = (),
+         output: Path | None = None, budget_ms: float | None = None, budget_mb: float | None = None) -> Any:
+    """What `compress` would do, with its costs; starts nothing, and needs neither weights nor the device."""
+    from edgekd import pipeline
+
+    return pipeline.plan(_options(target, data, teacher, recipe, sets, output, budget_ms, budget_mb, True, None))
+
+
+def run_folder(*, target: str, recipe: str | Path = "default", teacher: str | None = None) -> Path:
+    """Where `compress` writes when it is not told: `runs/TEACHER-TARGET-RECIPE`."""
+    found = load_recipe(recipe, teacher=teacher)
+    return Path("runs") / f"{Path(found.teacher).name}-{targets.resolve(target).name}-{found.name}"
+
+
+def _options(target: str, data: str | Path, teacher: str | None, recipe: str | Path, sets: Sequence[str], output: Path | None,
+             budget_ms: float | None, budget_mb: float | None, resume: bool, command: str | None) -> Any:
+    from edgekd import pipeline
+
+    found = load_recipe(recipe, sets=sets, teacher=teacher, budget={"latency_ms": budget_ms, "size_mb": budget_mb})
+    device = targets.resolve(target)
+    folder = Path(output) if output is not None else run_folder(target=target, recipe=recipe, teacher=teacher)
+    return pipeline.CompressOptions(recipe=found, target=device, data=str(data), output=folder, resume=resume,
+                                    command=command or f"edgekd compress --teacher {found.teacher} --target {device.name} --data {data}")
+
+
+def cache(*, teacher: str, data: str | Path, output: Path, split: str | None = None, limit: int | None = None) -> dict[str, Any]:
+    """Write a teacher's outputs on data to disk, sharded and resumable; says how large they are."""
+    from edgekd.distillation import verbs
+
+    return verbs.cache(teacher=teacher, data=str(data), output=Path(output), split=split, limit=limit)
+
+
+def verify_cache(*, folder: Path) -> dict[str, Any]:
+    """Compare a cache with its checksums.
+
+    Raises:
+        EdgekdError: a shard is damaged; it is named.
+    """
+    from edgekd.distillation import verbs
+
+    return verbs.verify_cache(Path(folder))
+
+
+def distill(*, data: str | Path, output: Path, recipe: str | Path = "default", teacher: str | None = None, student: str | None = None,
+            sets: Sequence[str] = ()) -> dict[str, Any]:
+    """Train a recipe's first student (or `student`) from the teacher; says where the checkpoint is and how the loss went."""
+    from edgekd.distillation import verbs
+
+    return verbs.distill(recipe=load_recipe(recipe, sets=sets, teacher=teacher), data=str(data), output=Path(output), student=student)
+
+
+def train(*, recipe: str | Path, output: Path, sets: Sequence[str] = ()) -> dict[str, Any]:
+    """Train a teacher from labelled masks by a recipe's `train:` section; continues where it stopped."""
+    from edgekd.distillation import verbs
+
+    found = load_recipe(recipe, sets=sets)
+    if found.train is None:
+        with_train = [name for name in recipes.names() if recipes.resolve(name).train is not None]
+        raise UsageError(f"recipe '{found.name}' has no 'train' section", hint=f"recipes that train a teacher: {', '.join(with_train)}")
+    return verbs.train(recipe=found, output=Path(output))
+
+
+def export(*, model: str | Path, to: Sequence[str], output: Path, scheme: str = "fp32", data: str | Path | None = None,
+           target: str | None = None, threads: int | None = None) -> dict[str, Any]:
+    """Export a model in every format of `to`; one that fails is a row with its reason and does not stop the others."""
+    from edgekd import comparing, exporting, plugins, resolve
+
+    for format in to:
+        if scheme not in plugins.exporter(format).schemes:
+            raise unknown(f"{format} scheme", scheme, plugins.exporter(format).schemes)
+    device = targets.resolve(target) if target is not None else None
+    source = resolve.load_torch(model)
+    photos = _calibration_data(scheme, data)
+    calibration = comparing.calibrate(source, photos, limit=32) if photos is not None else None
+    rows = []
+    for format in to:
+        name = exporting.candidate_id(source.name, source.preprocess.image_size, format, scheme)
+        console.log(f"export {name}")
+        try:
+            manifest = exporting.export_model(source, Path(output) / name, format=format, scheme=scheme, teacher=resolve.teacher_of(model),
+                                              calibration=calibration, threads=threads, qdq=device.qdq(format) if device else "u8s8")
+        except UsageError:
+            raise
+        except EdgekdError as e:
+            rows.append({"format": format, "scheme": scheme, "status": "failed", "reason": str(e)})
+            continue
+        decoder = manifest.components["decoder"]
+        rows.append({"format": format, "scheme": scheme, "status": "ok", "id": manifest.id, "path": str(Path(output) / name), "ran_here": True,
+                     "checked": manifest.checked, "size_bytes": manifest.size_bytes, "parity": decoder.parity,
+                     "components": {n: {"scheme": c.scheme, "executed_precision": c.executed_precision, "parity": c.parity, "note": c.note}
+                                    for n, c in manifest.components.items()}})
+    return {"exports": rows}
+
+
+def quantize(*, model: str | Path, scheme: str, format: str = "onnx", target: str = "host", data: str | Path | None = None,
+             output: Path, limit: int = 32) -> dict[str, Any]:
+    """Export a model in a precision and in fp32, and compare the two: size, latency where it can be measured, agreement of masks."""
+    from edgekd import comparing
+
+    return comparing.quantize(model, scheme=scheme, format=format, target=targets.resolve(target), data=data, output=Path(output), limit=limit)
+
+
+def profile(*, artifact: str | Path, target: str = "host", threads: int | None = None, warmup: int | None = None, repeats: int | None = None,
+            prompts: int = 1) -> dict[str, Any]:
+    """Latency, memory and size of an artifact on a device, with the circumstances."""
+    from edgekd import resolve
+    from edgekd.profiling import profile_artifact
+
+    device = targets.resolve(target)
+    folder = resolve.artifact_folder(Path(artifact).expanduser())
+    if folder is None:
+        raise UsageError(f"there is no artifact at {artifact}", hint="name a folder that `edgekd export` or `edgekd compress` wrote")
+    options = {k: v for k, v in {"threads": threads, "warmup": warmup, "repeats": repeats}.items() if v is not None}
+    found = profile_artifact(folder, device, prompts=prompts, **options)
+    return {**found.model_dump(mode="json", by_alias=True, exclude_none=True), "transport": device.device.transport}
+
+
+def evaluate(*, model: str | Path, data: str | Path, split: str | None = None, teacher: str | None = None, limit: int | None = None,
+             max_instances: int | None = None, threads: int | None = None) -> Evaluation:
+    """Accuracy of any model by protocol. The teacher that an artifact or checkpoint names is asked the same prompts."""
+    from edgekd import resolve
+    from edgekd.tasks import promptable
+
+    asked = resolve.load_model(model, threads=threads)
+    name = teacher or resolve.teacher_of(model)
+    reference = resolve.load_model(name) if name is not None else None
+    dataset = open_labelled(data, split=split, limit=limit, teacher=reference)
+    most = promptable.MAX_INSTANCES if max_instances is None else max_instances
+    with console.progress(len(dataset), f"evaluate {asked.name}") as progress:
+        return promptable.evaluate(asked, dataset, teacher=reference, max_instances=most, progress=progress)
+
+
+def open_labelled(data: str | Path, *, split: str | None = None, limit: int | None = None, teacher: Any = None) -> Dataset:
+    """Data with masks; photos without any are labelled by the teacher, when there is one, and their name says so."""
+    from edgekd.data import open_data
+
+    dataset = open_data(data, split=split, limit=limit)
+    if dataset.has_masks or teacher is None:
+        return dataset
+    from edgekd.tasks.pseudo import pseudo_label
+
+    return pseudo_label(teacher, dataset)
+
+
+def predict(*, model: str | Path, image: str | Path, output: Path, points: Sequence[Point] = (), labels: Sequence[int] | None = None,
+            box: Box | None = None, threads: int | None = None) -> Prediction:
+    """Segment what a prompt means on one photo and write the mask as a PNG of the photo's size."""
+    from edgekd import resolve
+    from edgekd.tasks.predict import predict_file
+
+    return predict_file(resolve.load_model(model, threads=threads), image, output, points=points, labels=labels, box=box)
+
+
+def report(*, run: Path) -> Path:
+    """Make `report.html` and the model card of a run again from its files; the path of the page."""
+    from edgekd import report as reports
+
+    return reports.rebuild(Path(run))
+
+
+def doctor() -> dict[str, Any]:
+    """What works on this machine, and the exact command that mends what does not."""
+    from edgekd import doctor as examination
+
+    return examination.examine()
+
+
+def init(*, kind: str, name: str, path: Path, force: bool = False) -> Path:
+    """Copy a shipped recipe or target to edit.
+
+    Raises:
+        UsageError: no such kind or name, or the file exists and `force` is not given.
+    """
+    shelves = {"recipe": recipes.shipped, "target": targets.shipped}
+    if kind not in shelves:
+        raise unknown("kind", kind, shelves)
+    shelf, path = shelves[kind](), Path(path)
+    known = targets.aliases() if kind == "target" else {}
+    chosen = known.get(name, name)
+    if chosen not in shelf:
+        raise unknown(kind, name, [*shelf, *known])
+    if path.exists() and not force:
+        raise UsageError("the file exists already", where=path, hint="name another one, or replace it with --force")
+    if path.parent != Path() and not path.parent.is_dir():
+        raise UsageError("the folder does not exist", where=path.parent)
+    source = shelf[chosen]
+    text = targets.dump(targets.resolve(chosen)) if isinstance(source, Mapping) else source.read_text(encoding="utf-8")
+    return write_atomic(path, text)
+
+
+def _calibration_data(scheme: str, data: str | Path | None) -> Dataset | None:
+    from edgekd.data import open_data
+    from edgekd.quantization import schemes
+
+    if not schemes.get(scheme).needs_calibration:
+        return None
+    if data is None:
+        raise UsageError(f"{scheme} needs calibration images", hint="give a folder of images with --data")
+    return open_data(data, masks=False)

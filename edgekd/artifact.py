@@ -1,0 +1,153 @@
+"""The artifact: a folder with the exported components and `manifest.json`, which says all that is needed to use them.
+
+    artifacts/repvit_m0-256-onnx-fp32/
+        encoder.onnx  decoder.onnx  manifest.json
+
+The manifest is written last, so a folder without one is not an artifact; its hashes tell a damaged file by name.
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from edgekd.errors import EdgekdError
+from edgekd.workspace import sha256, write_json
+
+SCHEMA: Final = "edgekd.artifact/1"
+MANIFEST = "manifest.json"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class Tensor(_Model):
+    """One input or output. A dynamic axis is a symbol (`P`), a fixed one a number."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class File(_Model):
+    """A file of the artifact, by its path inside the folder."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise ValueError(f"{path!r} leaves the artifact's folder")
+        return path
+
+
+class ArtifactComponent(_Model):
+    """An exported part. `scheme` is what was really applied, which `note` explains when it is not the artifact's scheme."""
+
+    file: str
+    files: list[str]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    scheme: str
+    executed_precision: str
+    executed_ops: dict[str, int]
+    parity: dict[str, Any]
+    note: str | None = None
+
+
+class PreprocessSpec(_Model):
+    """Photo -> input: long side to `image_size`, normalise (RGB in 0..255), pad right and bottom."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pad: Literal["right_bottom_zero"] = "right_bottom_zero"
+
+
+class Manifest(_Model):
+    """Everything about an artifact. Write it with `save`, read it with `load`, compare it with the files by `verify`."""
+
+    schema_: Literal["edgekd.artifact/1"] = Field(default=SCHEMA, alias="schema")
+    id: str
+    student: str
+    teacher: str | None = None
+    task: str = "promptable_segmentation"
+    image_size: int
+    embed_dim: int
+    format: str
+    scheme: str
+    components: dict[str, ArtifactComponent]
+    preprocess: PreprocessSpec
+    files: list[File]
+    versions: dict[str, str] = {}
+    created: str
+    source_sha256: str | None = None
+    """SHA-256 of the weights it was exported from."""
+    checked: str
+    """What was verified before the artifact was handed over, and where."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files together, without the manifest."""
+        return sum(f.size_bytes for f in self.files)
+
+    def save(self, folder: Path) -> Path:
+        """Write `manifest.json` into `folder`, atomically."""
+        return write_json(Path(folder) / MANIFEST, self.model_dump(mode="json", by_alias=True))
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read the manifest of an artifact folder (or a path to the manifest itself).
+
+        Raises:
+            EdgekdError: there is none, or it is not one.
+        """
+        path = manifest_path(folder)
+        if not path.is_file():
+            raise EdgekdError("this is not an artifact: it has no manifest.json", where=Path(folder),
+                              hint="name a folder that `edgekd export` or `edgekd compress` wrote, e.g. runs/NAME/artifacts/ID")
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (ValidationError, ValueError) as e:
+            reason = e.errors()[0]["msg"] if isinstance(e, ValidationError) else e
+            raise EdgekdError(f"the manifest cannot be read: {reason}", where=path, hint="export the model again") from e
+
+
+def manifest_path(folder: Path) -> Path:
+    """The manifest of an artifact folder; a path to the manifest itself is taken as it is."""
+    folder = Path(folder)
+    return folder if folder.name == MANIFEST else folder / MANIFEST
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether `path` is an artifact folder or its manifest."""
+    return manifest_path(path).is_file()
+
+
+def describe_files(folder: Path, names: list[str]) -> list[File]:
+    """Hash and size of files of `folder`, in the order given."""
+    return [File(path=n, sha256=sha256(Path(folder) / n), size_bytes=(Path(folder) / n).stat().st_size) for n in names]
+
+
+def verify(folder: Path) -> Manifest:
+    """Compare every file with the manifest.
+
+    Raises:
+        EdgekdError: a file is missing, cut short or altered; it is named.
+    """
+    manifest = Manifest.load(folder)
+    root = manifest_path(folder).parent
+    for file in manifest.files:
+        path = root / file.path
+        if not path.is_file():
+            raise EdgekdError(f"a file of the artifact is missing: {file.path}", where=root, hint="export the model again")
+        if path.stat().st_size != file.size_bytes or sha256(path) != file.sha256:
+            raise EdgekdError(f"a file of the artifact is damaged: {file.path} does not match its hash", where=root,
+                              hint="export the model again, or copy the file anew")
+    return manifest

@@ -1,0 +1,99 @@
+"""What there is, by kind: the rows of `edgekd list`. Every kind is read from its registry; nothing is listed twice."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgekd import plugins, recipe, target
+from edgekd.errors import unknown
+
+Row = dict[str, Any]
+
+
+def teachers() -> list[Row]:
+    from edgekd import teachers
+
+    describe = getattr(teachers, "describe", lambda name: {})
+    return [{"name": name, **describe(name)} for name in teachers.names()]
+
+
+def students() -> list[Row]:
+    from edgekd import students
+
+    return [{"name": name, **students.describe(name)} for name in students.names()]
+
+
+def models() -> list[Row]:
+    """Everything with weights or a way to get them: teachers, students and baselines."""
+    from edgekd.tasks import baselines
+
+    rows = [{"kind": "teacher", **r} for r in teachers()] + [{"kind": "student", **r} for r in students()]
+    return [*rows, *({"kind": "baseline", "name": n} for n in baselines.names())]
+
+
+def targets() -> list[Row]:
+    found = [target.resolve(name) for name in target.names()]
+    return [{"name": t.name, "aliases": t.aliases, "description": t.description, "transport": t.device.transport, "formats": t.runs} for t in found]
+
+
+def formats() -> list[Row]:
+    from edgekd import doctor
+
+    return doctor.formats()
+
+
+def schemes() -> list[Row]:
+    from edgekd.quantization import schemes as known
+
+    offered = plugins.schemes()
+    return [{"name": name, "summary": known.get(name).summary, "formats": offered.get(name, [])} for name in known.names()]
+
+
+def objectives() -> list[Row]:
+    from edgekd.distillation import objectives
+
+    return [{"name": name, **objectives.describe(name)} for name in objectives.names()]
+
+
+def tasks() -> list[Row]:
+    from edgekd import tasks
+
+    return [{"name": name} for name in tasks.names()]
+
+
+def recipes() -> list[Row]:
+    return [{"name": r.name, "description": r.description, "teacher": r.teacher, "students": [s.name for s in r.students]}
+            for r in map(recipe.resolve, recipe.names())]
+
+
+def runs(folder: Path = Path("runs")) -> list[Row]:
+    """The runs below a folder, newest first, with what each chose."""
+    rows = []
+    for path in sorted(folder.glob("*/report.json"), key=lambda p: -p.stat().st_mtime):
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            rows.append({"name": path.parent.name, "verdict": "unreadable report"})
+            continue
+        rows.append({"name": path.parent.name, "verdict": report.get("verdict"), "chosen": report.get("chosen"),
+                     "target": report.get("target", {}).get("name"), "started": report.get("run", {}).get("started")})
+    return rows
+
+
+KINDS: dict[str, Callable[[], list[Row]]] = {
+    "teachers": teachers, "students": students, "models": models, "targets": targets, "formats": formats, "schemes": schemes,
+    "objectives": objectives, "tasks": tasks, "recipes": recipes, "runs": runs,
+}
+
+
+def rows(kind: str) -> list[Row]:
+    """The rows of one kind.
+
+    Raises:
+        UsageError: no such kind, with the nearest one.
+    """
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    return KINDS[kind]()

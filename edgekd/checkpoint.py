@@ -1,0 +1,172 @@
+"""Checkpoints: one safetensors file with the weights and, in its header, all that is needed to build the model again.
+
+Never a pickle: reading a checkpoint runs no code. A digest of the tensors is kept beside them, so that a damaged file is
+refused instead of giving a model that is quietly wrong.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from edgekd.errors import EdgekdError
+from edgekd.workspace import atomic_path
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgekd.models.sam import Sam
+
+SCHEMA = "edgekd.checkpoint/1"
+HEADER = "edgekd"
+SUFFIX = ".safetensors"
+
+
+class Meta(BaseModel):
+    """What the header says."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_: Literal["edgekd.checkpoint/1"] = SCHEMA
+    kind: Literal["student", "teacher"]
+    name: str
+    teacher: str | None = None
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    shape: dict[str, int]
+    """Sizes of the prompt encoder and mask decoder (`edgekd.models.sam.DecoderShape`)."""
+    digest: str
+    history: dict[str, Any] = {}
+    """How it came about: recipe, stages, losses."""
+
+
+def save(model: Sam, path: Path, *, kind: Literal["student", "teacher"] = "student", teacher: str | None = None,
+         history: dict[str, Any] | None = None) -> Path:
+    """Write a model's weights and description, atomically."""
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    spec = model.preprocess
+    meta = Meta(kind=kind, name=model.name, teacher=teacher, image_size=spec.image_size, mean=spec.mean, std=spec.std,
+                shape=asdict(model.shape), digest=digest(tensors), history=history or {})
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temp:
+        save_file(tensors, temp, metadata={HEADER: meta.model_dump_json()})
+    return path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a file that looks like one of ours, by its name alone."""
+    return Path(path).is_file() and Path(path).suffix == SUFFIX
+
+
+def read_meta(path: Path) -> Meta:
+    """The description in the header; reads no weights and needs no torch.
+
+    Raises:
+        EdgekdError: it is not a checkpoint of ours, or is cut short.
+    """
+    try:
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 2 <= length <= 100_000_000:
+                raise ValueError("no safetensors header")
+            header = json.loads(f.read(length)).get("__metadata__", {})
+    except (OSError, ValueError, AttributeError) as e:
+        raise EdgekdError(f"the checkpoint cannot be read: {e}", where=path, hint="it is damaged or no safetensors file; distil the student again") from e
+    if HEADER not in header:
+        raise EdgekdError("this safetensors file is not a checkpoint of edgekd: its header does not describe a model", where=path,
+                          hint="name a file that `edgekd distill` or `edgekd train` wrote")
+    try:
+        return Meta.model_validate_json(header[HEADER])
+    except ValidationError as e:
+        raise EdgekdError(f"the checkpoint's description cannot be read: {e.errors()[0]['msg']}", where=path, hint="distil the student again") from e
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Name -> weight, after comparing them with the digest.
+
+    Raises:
+        EdgekdError: the file is not a checkpoint, is cut short, or was altered.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    meta = read_meta(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise EdgekdError(f"the checkpoint cannot be read: {e}", where=path, hint="it is cut short; distil the student again") from e
+    if digest(tensors) != meta.digest:
+        raise EdgekdError("the checkpoint is damaged: its weights do not match their digest", where=path, hint="copy it anew, or distil the student again")
+    return tensors
+
+
+def load(path: Path) -> Sam:
+    """The model of a checkpoint, in eval mode.
+
+    Raises:
+        EdgekdError: the file is damaged, or its weights do not fit the model it names.
+    """
+    meta = read_meta(path)
+    model = _build(meta)
+    load_into(model, path)
+    return model.eval()
+
+
+def load_into(model: Sam, path: Path) -> None:
+    """Fill a model of the same shape from a checkpoint, every key accounted for.
+
+    Raises:
+        EdgekdError: the file is damaged or its keys or shapes differ from the model's; they are named.
+    """
+    tensors, own = load_tensors(path), model.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in tensors] + [f"unknown {k}" for k in tensors if k not in own]
+    wrong += [f"{k} is {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in tensors and tensors[k].shape != own[k].shape]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise EdgekdError(f"the weights do not fit '{model.name}': {'; '.join(wrong[:4])}{more}", where=path,
+                          hint="the checkpoint comes from another version of this model")
+    model.load_state_dict(tensors)
+
+
+def _build(meta: Meta) -> Sam:
+    """The untrained model that a header describes."""
+    from edgekd.models.sam import DecoderShape
+    from edgekd.protocols import Preprocess
+
+    preprocess = Preprocess(meta.image_size, meta.mean, meta.std)
+    if meta.kind == "teacher":
+        from edgekd import teachers
+
+        return teachers.build(meta.name)
+    from edgekd import students
+
+    return students.build(meta.name, image_size=meta.image_size, shape=DecoderShape(**meta.shape), preprocess=preprocess)
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of names."""
+    import torch
+
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and values (as float32) of a model's state: what a cache or an artifact was made from."""
+    total = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        total.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        total.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return total.hexdigest()

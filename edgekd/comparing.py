@@ -1,0 +1,112 @@
+"""`edgekd quantize`: a model in a precision against itself in fp32, on the same runtime. A precision that is no gain is called that."""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd import console, exporting, plugins, resolve
+from edgekd.data import Subset, open_data
+from edgekd.decision import RULES
+from edgekd.errors import UsageError
+from edgekd.profiling import profile_many
+from edgekd.quantization import schemes
+from edgekd.quantization.calibration import DecoderCalibration, EncoderCalibration
+from edgekd.recipe import REFERENCE_SCHEME
+from edgekd.runtime import open_artifact
+from edgekd.tasks import promptable
+from edgekd.tasks.pseudo import pseudo_label
+from edgekd.workspace import usable_folder
+
+if TYPE_CHECKING:
+    from edgekd.artifact import Manifest
+    from edgekd.models.sam import Sam
+    from edgekd.protocols import Dataset
+    from edgekd.target import Target
+
+PHOTOS = 8
+"""Photos that the masks are compared on."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A precision relative to fp32: `size_ratio` and `latency_ratio` below 1 are gains, `miou_drop` (0..1) is what it costs.
+    What could not be measured is None."""
+
+    size_ratio: float
+    latency_ratio: float | None
+    miou_drop: float | None
+
+    def verdict(self) -> tuple[str, str]:
+        """`accepted`, `rejected`, or `unverified` where latency cannot be measured; and why, in words."""
+        if self.miou_drop is not None and self.miou_drop > RULES.parent_drop:
+            return "rejected", f"it loses {self.miou_drop:.3f} of mask IoU to fp32, more than {RULES.parent_drop:g}"
+        if self.latency_ratio is None:
+            return "unverified", f"{self.size_ratio:.2f} of the size; its latency cannot be measured from here"
+        if self.latency_ratio > 1 + RULES.slower:
+            return "rejected", f"it is slower than fp32: {self.latency_ratio:.2f} of its time on this machine"
+        return "accepted", f"{self.latency_ratio:.2f} of fp32's time and {self.size_ratio:.2f} of its size"
+
+
+def quantize(model: str | Path, *, scheme: str, format: str, target: Target, data: str | Path | None, output: Path, limit: int) -> dict[str, Any]:
+    """Export in fp32 and in `scheme` below `output`, measure both in turns, compare their masks on the photos.
+
+    Raises:
+        UsageError: unknown names, a scheme that the target does not run in this format, or no calibration images.
+    """
+    check_runs(scheme, format, target)
+    dataset = open_data(data, masks=False) if data is not None else None
+    if dataset is None and schemes.get(scheme).needs_calibration:
+        raise UsageError(f"{scheme} needs calibration images", hint="give a folder of images with --data")
+    source, teacher, folder = resolve.load_torch(model), resolve.teacher_of(model), usable_folder(output)
+    manifests: list[Manifest] = []
+    for each in dict.fromkeys((REFERENCE_SCHEME, scheme)):
+        name = exporting.candidate_id(source.name, source.preprocess.image_size, format, each)
+        console.log(f"export {name}")
+        calibration = calibrate(source, dataset, limit=limit) if dataset is not None and each.endswith("_static") else None
+        manifests.append(exporting.export_model(source, folder / name, format=format, scheme=each, teacher=teacher, calibration=calibration,
+                                                qdq=target.qdq(format)))
+    return _report(manifests[0], manifests[-1], folder, target, source, dataset)
+
+
+def check_runs(scheme: str, format: str, target: Target) -> None:
+    """Refuse a scheme that the exporter does not write or the target does not run, naming those that it does."""
+    schemes.get(scheme)
+    offered = plugins.exporter(format).schemes
+    if format not in target.runs:
+        raise UsageError(f"target '{target.name}' has no runtime for format '{format}'", hint=f"it runs {', '.join(target.runs)}")
+    possible = [s for s in target.runs[format] if s in offered]
+    if scheme not in possible:
+        raise UsageError(f"target '{target.name}' cannot run scheme '{scheme}' in format '{format}'", hint=f"there it runs {', '.join(possible)}")
+
+
+def _report(reference: Manifest, found: Manifest, folder: Path, target: Target, source: Sam, dataset: Dataset | None) -> dict[str, Any]:
+    paths = [folder / m.id for m in (reference, found)]
+    latencies: list[Any] = [None, None]
+    if target.reachable:
+        latencies = [p.latency_ms for p in profile_many(paths, target, memory=False)]
+    drop = None
+    if dataset is not None:
+        photos = pseudo_label(source, dataset if len(dataset) <= PHOTOS else Subset(dataset, range(PHOTOS)))
+        scores = [promptable.evaluate(open_artifact(path), photos).metrics["box_miou"] for path in paths]
+        drop = scores[0] - scores[1]
+    compared = Comparison(found.size_bytes / reference.size_bytes, latencies[1].p50 / latencies[0].p50 if latencies[0] else None, drop)
+    verdict, reason = compared.verdict()
+    integer = sum(n for part in found.components.values() for op, n in part.executed_ops.items() if is_integer(op))
+    return {"id": found.id, "path": str(folder / found.id), "format": found.format, "scheme": found.scheme, "target": target.name,
+            "size_bytes": found.size_bytes, "size_ratio": compared.size_ratio, "latency_ratio": compared.latency_ratio,
+            "latency_ms": latencies[1].model_dump(mode="json") if latencies[1] else None, "miou_drop": drop, "executed_integer_ops": integer,
+            "kept_float": {name: part.note for name, part in found.components.items() if part.note}, "verdict": verdict, "reason": reason}
+
+
+def is_integer(op: str) -> bool:
+    """Whether an executed operator is integer arithmetic: onnxruntime tells it by the name, OpenVINO as `Convolution:i8`."""
+    kind, _, precision = op.partition(":")
+    return precision in ("i8", "u8") or re.match(r"QLinear(Conv|MatMul)|QGemm|QAttention|ConvInteger|MatMulInteger|DynamicQuantize(MatMul|LSTM)", kind) is not None
+
+
+def calibrate(model: Sam, dataset: Dataset, *, limit: int) -> dict[str, Any]:
+    """Calibration inputs of every component, streamed from at most `limit` photos."""
+    photos = EncoderCalibration(dataset, model.preprocess, limit=limit)
+    return {"encoder": photos, "decoder": DecoderCalibration(photos, model)}

@@ -1,0 +1,1 @@
+"""Teaching a student: cached teacher outputs, objectives, stages, the training loops."""

@@ -1,0 +1,90 @@
+"""What works on this machine, and the exact command that mends what does not. Changes nothing and loads no toolchain it need not."""
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from edgekd import plugins
+from edgekd.errors import EdgekdError
+from edgekd.measurement import PACKAGES, cpu, installed
+
+GB = 1e9
+LITTLE_DISK, LITTLE_MEMORY = 5 * GB, 4 * GB
+TRANSPORTS = {
+    "local": (None, "this machine"),
+    "ssh": ("ssh", "not built into this version; copy the artifact to the board by hand"),
+    "adb": ("adb", "not built into this version; copy the artifact to the phone by hand"),
+    "browser": (None, "not built into this version; serve the ONNX files to a page with onnxruntime-web"),
+}
+
+
+def examine(folder: Path = Path()) -> dict[str, Any]:
+    """Everything `edgekd doctor` shows, as one JSON document; `folder` is where runs would be written."""
+    device, flags = cpu()
+    return {
+        "edgekd": installed(("edgekd",)).get("edgekd", "not installed"),
+        "python": {"version": platform.python_version(), "executable": sys.executable, "ok": sys.version_info >= (3, 10)},
+        "os": platform.platform(terse=True),
+        "cpu": {"name": device, "cores": os.cpu_count(), "flags": flags, "hints": hints(flags)},
+        "memory": memory(),
+        "disk": disk(folder),
+        "packages": installed(PACKAGES),
+        "formats": formats(),
+        "transports": transports(),
+        "plugins": [{"name": b.name, "origin": b.origin, "reason": b.reason} for b in plugins.broken()],
+    }
+
+
+def formats() -> list[dict[str, Any]]:
+    """Every format: whether it can be written and run here, and what mends it when not."""
+    rows = []
+    for name, exporter in plugins.exporters().items():
+        try:
+            found = exporter.availability()
+        except Exception as e:  # a toolchain that dies while being looked at is unavailable, not fatal
+            rows.append({"name": name, "ok": False, "version": None, "reason": f"{type(e).__name__}: {e}", "fix": _install(exporter.extra),
+                         "schemes": list(exporter.schemes)})
+            continue
+        fix = found.fix or (None if found.ok else _install(exporter.extra))
+        rows.append({"name": name, "ok": found.ok, "version": found.version, "reason": found.reason, "fix": fix, "schemes": list(exporter.schemes)})
+    return rows
+
+
+def _install(extra: str | None) -> str:
+    return f'pip install "edgekd[{extra}]"' if extra else "pip install --force-reinstall edgekd"
+
+
+def hints(flags: list[str]) -> list[str]:
+    """What the CPU's instruction sets mean for precisions."""
+    said = []
+    if "amx_bf16" in flags or "avx512_bf16" in flags or "bf16" in flags:
+        said.append("bf16 runs in hardware, and may well beat int8")
+    if not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"} & set(flags):
+        said.append("no integer dot product instructions: int8 will hardly be faster than fp32")
+    return said
+
+
+def memory() -> dict[str, Any]:
+    """Total and free memory in bytes."""
+    try:
+        import psutil
+    except ImportError as e:
+        raise EdgekdError("the package psutil is missing", hint="pip install psutil") from e
+    found = psutil.virtual_memory()
+    return {"total_bytes": found.total, "available_bytes": found.available, "ok": found.available >= LITTLE_MEMORY}
+
+
+def disk(folder: Path) -> dict[str, Any]:
+    """Free space where runs would be written, in bytes."""
+    usage = shutil.disk_usage(folder)
+    return {"folder": str(Path(folder).resolve()), "free_bytes": usage.free, "ok": usage.free >= LITTLE_DISK}
+
+
+def transports() -> list[dict[str, Any]]:
+    """The ways to a device. Only `local` is built in this version; the others say so."""
+    return [{"name": name, "ok": name == "local", "tool": shutil.which(tool) if tool else None, "note": note}
+            for name, (tool, note) in TRANSPORTS.items()]

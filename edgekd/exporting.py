@@ -1,0 +1,225 @@
+"""Student -> artifact: fold, check the fold, export every component, compare the files' own output, write the manifest.
+
+The artifact appears under its name only when everything is checked: it is made in a folder beside and renamed. A component that a
+scheme cannot take (nothing to quantize, or broken at 8 bits) stays in fp32 and the manifest says why; when that leaves no component
+changed, the scheme is refused.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from edgekd import plugins
+from edgekd.artifact import ArtifactComponent, Manifest, PreprocessSpec, Tensor, describe_files
+from edgekd.checkpoint import weights_sha256
+from edgekd.errors import EdgekdError, UsageError, unknown
+from edgekd.measurement import cpu, installed
+from edgekd.models.fold import fold
+from edgekd.models.sam import components
+from edgekd.parity import CHECKS, EXACT, LOSSY, Reference, failure, sound
+from edgekd.probes import COUNTS, KINDS, pictures, probe
+from edgekd.protocols import Component, Exporter, Session
+from edgekd.runtime import ArtifactModel, as_array, open_artifact
+
+if TYPE_CHECKING:
+    from edgekd.models.sam import Sam
+
+__all__ = ["ArtifactModel", "candidate_id", "export_model", "folded", "open_artifact"]
+
+FOLD_COSINE = 0.999999
+Calibration = Mapping[str, Iterable[Mapping[str, np.ndarray]]]
+
+
+def candidate_id(student: str, image_size: int, format: str, scheme: str) -> str:
+    """The name of a (student, size, format, scheme) point, which is also its folder's."""
+    return f"{student}-{image_size}-{format}-{scheme}"
+
+
+def export_model(
+    model: Sam, folder: Path, *, format: str, scheme: str, name: str | None = None, teacher: str | None = None,
+    calibration: Calibration | None = None, examples: Any = None, threads: int | None = None, qdq: str = "u8s8", gate: bool = True,
+) -> Manifest:
+    """Export a promptable model into `folder`, replacing what was there, and return its manifest.
+
+    Args:
+        model: the student as trained; it is not changed.
+        name: the artifact's id; by default `candidate_id(...)`.
+        calibration: component name -> re-iterable of inputs, for static schemes. A component without an entry stays in fp32.
+        examples: (n, 3, S, S) normalised images for the parity check; by default two seeded pictures.
+        threads: of the sessions that parity runs on.
+        qdq: the activation style of the target, `u8s8` or `s8s8_symmetric`.
+        gate: False records parity without failing on it (untrained students, exported for their latency).
+
+    Raises:
+        UsageError: unknown format or scheme, or no calibration for a static scheme.
+        EdgekdError: the toolchain is missing or cannot take the model, or the exported file is not the student any more.
+    """
+    exporter = _ready(format, scheme)
+    if scheme.endswith("_static") and not calibration:
+        raise UsageError(f"{scheme} needs calibration images", hint="give a folder of images with --data")
+    size = model.preprocess.image_size
+    images = as_array(examples) if examples is not None and len(examples) else pictures(2, size, np.random.default_rng(0))
+    student = folded(model, images[:1])
+    job = _Job(exporter, scheme, calibration or {}, threads, qdq, gate, Reference(student, images[:4]))
+    folder = Path(folder)
+    with _staged(folder) as staging:
+        parts = {part.name: job.export(part, staging) for part in components(student).values()}
+        _refuse_unchanged(parts, format, scheme)
+        files = [file for part in parts.values() for file in part.files]
+        manifest = Manifest(
+            id=name or candidate_id(model.name, size, format, scheme), student=model.name, teacher=teacher, image_size=size,
+            embed_dim=model.embed_dim, format=format, scheme=scheme, components=parts, files=describe_files(staging, files),
+            preprocess=PreprocessSpec(image_size=size, mean=model.preprocess.mean, std=model.preprocess.std), versions=installed(),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"), source_sha256=weights_sha256(model),
+            checked=f"ran here ({cpu()[0]}, {exporter.availability().version}): parity on {', '.join(KINDS)} prompts, {', '.join(map(str, COUNTS))} at a time")
+        manifest.save(staging)
+    return manifest
+
+
+def folded(model: Sam, images: Any) -> Sam:
+    """The deploy form of a model in eval mode, after checking that it computes the same for `images` (B, 3, S, S).
+
+    Raises:
+        EdgekdError: the folded form differs (cosine below 0.999999).
+    """
+    training, deploy = model.training, fold(model).eval()
+    model.eval()
+    try:
+        batch = torch.from_numpy(as_array(images))
+        prompts = probe("points", 2, model.preprocess.image_size, np.random.default_rng(0))
+        points, labels = torch.from_numpy(prompts.points), torch.from_numpy(prompts.labels)
+        with torch.no_grad():
+            pairs = [(model.embed(batch), deploy.embed(batch))]
+            pairs.append((model.decode(pairs[0][0][:1], points, labels)[0], deploy.decode(pairs[0][1][:1], points, labels)[0]))
+    finally:
+        model.train(training)
+    for what, (a, b) in zip(("embedding", "masks"), pairs, strict=True):
+        sound(model.name, what, as_array(a))
+        cosine = float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+        if not cosine >= FOLD_COSINE:
+            raise EdgekdError(f"folding changes the model: cosine of the {what} is {cosine:.7f}, below {FOLD_COSINE}", where=model.name,
+                              hint="a block's fold() does not compute what its forward() does in eval mode")
+    return deploy
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is the same for every component of one export."""
+
+    exporter: Exporter
+    scheme: str
+    calibration: Calibration
+    threads: int | None
+    qdq: str
+    gate: bool
+    reference: Reference
+
+    def export(self, part: Component, staging: Path) -> ArtifactComponent:
+        """One component in the scheme asked for, or in fp32 with the reason when the scheme does not take it."""
+        if self.scheme == "fp32":
+            return self._in(part, staging, "fp32", None)
+        if self.scheme.endswith("_static") and part.name not in self.calibration:
+            return self._in(part, staging, "fp32", f"kept in fp32: no calibration was given for the {part.name}")
+        try:
+            return self._in(part, staging, self.scheme, None)
+        except UsageError:
+            raise
+        except EdgekdError as e:
+            return self._in(part, staging, "fp32", f"kept in fp32: {e.what}")
+
+    def _in(self, part: Component, staging: Path, scheme: str, note: str | None) -> ArtifactComponent:
+        path = staging / f"{part.name}{self.exporter.suffix}"
+        files = self.exporter.export(part, path, scheme=scheme, calibration=self.calibration.get(part.name), qdq=self.qdq)
+        session = self.exporter.open(path, scheme=scheme, threads=self.threads)
+        parity = self._compare(part, session, scheme)
+        inputs, outputs = signature(part)
+        if scheme in ("fp32", "bf16") and session.executed_precision != scheme:
+            note = f"{note + '; ' if note else ''}asked for {scheme}, and the runtime executes {session.executed_precision}"
+        return ArtifactComponent(
+            file=path.name, files=[f.name for f in files], inputs=inputs, outputs=outputs, scheme=scheme, parity=parity, note=note,
+            executed_precision=session.executed_precision, executed_ops=session.executed_ops)
+
+    def _compare(self, part: Component, session: Session, scheme: str) -> dict[str, Any]:
+        limits = EXACT if scheme == "fp32" else LOSSY[part.name]
+        parity = CHECKS[part.name](session, self.reference)
+        reason = failure(parity, limits)
+        if reason and (self.gate or not parity["finite"]):
+            raise EdgekdError(f"the exported {part.name} is not the student any more in {scheme}: {reason}", where=self.exporter.format,
+                              hint="try another format or scheme; the file was not kept")
+        return parity | {"passed": reason is None, "limits": {"max_relative": limits.max_relative if scheme == "fp32" else None,
+                                                              "min_mask_iou": limits.min_mask_iou}}
+
+
+def signature(part: Component) -> tuple[list[Tensor], list[Tensor]]:
+    """Names, types and shapes of a component's inputs and outputs. An output axis that follows a symbol is found by trying it."""
+    def shapes(example: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        with torch.no_grad():
+            out = part.module(*example.values())
+        return list(out) if isinstance(out, tuple) else [out]
+
+    base = shapes(part.example)
+    outputs: list[list[int | str]] = [list(t.shape) for t in base]
+    for symbol in dict.fromkeys(s for axes in part.dynamic.values() for s in axes.values()):
+        longer = {name: _longer(t, [a for a, s in part.dynamic.get(name, {}).items() if s == symbol]) for name, t in part.example.items()}
+        for described, before, after in zip(outputs, base, shapes(longer), strict=True):
+            for axis, (a, b) in enumerate(zip(before.shape, after.shape, strict=True)):
+                if a != b:
+                    described[axis] = symbol
+    inputs = [Tensor(name=name, dtype=str(t.dtype).removeprefix("torch."),
+                     shape=[part.dynamic.get(name, {}).get(axis, n) for axis, n in enumerate(t.shape)]) for name, t in part.example.items()]
+    return inputs, [Tensor(name=name, dtype=str(t.dtype).removeprefix("torch."), shape=shape)
+                    for name, t, shape in zip(part.outputs, base, outputs, strict=True)]
+
+
+def _longer(tensor: torch.Tensor, axes: list[int]) -> torch.Tensor:
+    for axis in axes:
+        tensor = torch.cat([tensor, tensor.narrow(axis, 0, 1)], dim=axis)
+    return tensor
+
+
+def _ready(format: str, scheme: str) -> Exporter:
+    """The exporter of a format, if its toolchain works here and it offers the scheme."""
+    exporter = plugins.exporter(format)
+    if scheme not in exporter.schemes:
+        raise unknown(f"{format} scheme", scheme, exporter.schemes)
+    available = exporter.availability()
+    if not available.ok:
+        raise EdgekdError(f"the format '{format}' cannot be exported here: {available.reason}", hint=available.fix)
+    return exporter
+
+
+def _refuse_unchanged(parts: Mapping[str, ArtifactComponent], format: str, scheme: str) -> None:
+    if scheme != "fp32" and all(p.scheme == "fp32" for p in parts.values()):
+        reasons = "; ".join(f"{name} {p.note}" for name, p in parts.items())
+        raise EdgekdError(f"{scheme} changes no component of this model: {reasons}", where=format, hint="use another scheme, or fp32")
+
+
+@contextlib.contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes otherwise."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for stale in folder.parent.glob(f".{folder.name}.*.part"):  # of a process that was killed; a run folder has one writer
+        shutil.rmtree(stale, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        yield staging
+        os.chmod(staging, 0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+            os.replace(folder, old / "old")
+            os.replace(staging, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

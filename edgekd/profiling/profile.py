@@ -1,0 +1,133 @@
+"""Profiles of artifacts on a device: latency apart and together, memory, size and the precision really executed."""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from edgekd.artifact import Manifest
+from edgekd.errors import EdgekdError, UsageError
+from edgekd.measurement import Circumstances, Latency
+from edgekd.profiling.footprint import folder_bytes
+from edgekd.profiling.transport import Transport
+from edgekd.profiling.transport.local import Local
+from edgekd.workspace import write_json
+
+if TYPE_CHECKING:
+    from edgekd.target import Target
+
+RUNNER = "edgekd.profiling.runner"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class ComponentProfile(_Model):
+    """One component alone."""
+
+    latency_ms: Latency
+    load_ms: float
+    size_bytes: int
+    executed_precision: str
+    executed_ops: dict[str, int]
+
+
+class Profile(_Model):
+    """One artifact on one device. `latency_ms` is encoder + decoder run one after the other, for `prompts` prompts."""
+
+    schema_: Literal["edgekd.profile/1"] = Field(default="edgekd.profile/1", alias="schema")
+    id: str
+    target: str
+    prompts: int
+    components: dict[str, ComponentProfile]
+    latency_ms: Latency
+    load_ms: float
+    peak_memory_bytes: int | None
+    size_bytes: int
+    executed_precision: str
+    circumstances: Circumstances
+
+    def save(self, path: Path) -> Path:
+        """Write as JSON, atomically."""
+        return write_json(Path(path), self.model_dump(mode="json", by_alias=True))
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Read what `save` wrote. Raises EdgekdError when it is not a profile."""
+        try:
+            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as e:
+            raise EdgekdError("this is not a profile", where=path, hint="profile the artifact again") from e
+
+
+def profile_artifact(
+    folder: Path, target: str | Target = "host", *, transport: Transport | None = None, warmup: int = 3, repeats: int = 30,
+    threads: int | None = None, prompts: int = 1, max_seconds: float = 8.0, memory: bool = True,
+) -> Profile:
+    """Profile one artifact (see `profile_many`)."""
+    return profile_many([folder], target, transport=transport, warmup=warmup, repeats=repeats, threads=threads, prompts=prompts,
+                        max_seconds=max_seconds, memory=memory)[0]
+
+
+def profile_many(
+    folders: Sequence[Path], target: str | Target = "host", *, transport: Transport | None = None, warmup: int = 3, repeats: int = 30,
+    threads: int | None = None, prompts: int = 1, max_seconds: float = 8.0, memory: bool = True,
+) -> list[Profile]:
+    """Profile artifacts against each other: one fresh process measures all of them in turns, so that ratios are fair.
+
+    Peak memory takes one more fresh process each (`memory=False` leaves it out). A teacher is profiled like any other once it is exported.
+
+    `threads` defaults to the target's limit, else to the runtime's own choice.
+
+    Raises:
+        UsageError: the target cannot be reached from here.
+        EdgekdError: an artifact is damaged, or its runtime is missing or crashes; the device's last words are given.
+    """
+    device = transport or transport_of(target)
+    if threads is None and not isinstance(target, str):
+        threads = target.limits.threads
+    there = [device.push(Path(f)) for f in folders]
+    shared = ["--prompts", str(prompts), *(["--threads", str(threads)] if threads else [])]
+    timing = ["--warmup", str(warmup), "--repeats", str(repeats), "--max-seconds", str(max_seconds)]
+    limit = 120 + 10 * max_seconds * 3 * len(there)  # three timed calls each; generous, since a machine may be busy
+    found = _ask(device, [*there, *shared, *timing], limit)
+    peaks = [_ask(device, [f, "--footprint", *shared], 180)["peak_memory_bytes"] if memory else None for f in there]
+    return [_profile(Path(folder), one, found["circumstances"], target if isinstance(target, str) else target.name, prompts, peak)
+            for folder, one, peak in zip(folders, found["artifacts"], peaks, strict=True)]
+
+
+def transport_of(target: str | Target) -> Transport:
+    """The way to a device.
+
+    Raises:
+        UsageError: there is none from here; the target's own words say what would have to be done.
+    """
+    if isinstance(target, str) or target.device.transport == "local":
+        return Local()
+    raise UsageError(f"the target '{target.name}' cannot be reached from here, so nothing can be measured on it", hint=target.device.how)
+
+
+def _ask(device: Transport, arguments: list[str], timeout_s: float) -> Any:
+    done = device.run(RUNNER, arguments, timeout_s=timeout_s)
+    if done.code:
+        last = done.stderr.strip().splitlines()[-12:]
+        said = "\n".join(last) if last else f"exit code {done.code}"
+        raise EdgekdError(f"the artifact does not run on '{device.name}': {said}", where=arguments[0])
+    return json.loads(done.stdout)
+
+
+def _profile(folder: Path, found: dict[str, Any], circumstances: dict[str, Any], target: str, prompts: int, peak: int | None) -> Profile:
+    manifest = Manifest.load(folder)
+    sizes = {f.path: f.size_bytes for f in manifest.files}
+    parts = {name: ComponentProfile(
+        latency_ms=Latency.from_samples(p["samples_ms"]), load_ms=p["load_ms"], executed_precision=p["executed_precision"],
+        executed_ops=p["executed_ops"], size_bytes=sum(sizes[f] for f in manifest.components[name].files)) for name, p in found["components"].items()}
+    precision = " / ".join(dict.fromkeys(p.executed_precision for p in parts.values()))
+    return Profile(
+        id=found["id"], target=target, prompts=prompts, components=parts, latency_ms=Latency.from_samples(found["together_ms"]),
+        load_ms=sum(p.load_ms for p in parts.values()), peak_memory_bytes=peak, size_bytes=folder_bytes(folder), executed_precision=precision,
+        circumstances=Circumstances(**(circumstances | {"precision_executed": precision})))

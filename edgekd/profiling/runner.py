@@ -1,0 +1,100 @@
+"""What runs on the device: opens artifacts, runs them, prints one JSON document. Needs numpy, pydantic and the runtime; no torch.
+
+    python -m edgekd.profiling.runner FOLDER... [--repeats 30] [--threads 2] [--prompts 1]     samples, taken in turns
+    python -m edgekd.profiling.runner FOLDER --footprint                                       peak memory of loading and one run
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.errors import EdgekdError
+from edgekd.measurement import Circumstances
+from edgekd.probes import pictures, probe
+from edgekd.profiling.footprint import peak_memory_bytes
+from edgekd.profiling.latency import Call, Samples, interleave
+from edgekd.runtime import ArtifactModel, open_artifact
+
+PARTS = ("encoder", "decoder")
+TOGETHER = "together"
+
+
+def opened(folder: str | Path, threads: int | None) -> tuple[ArtifactModel, dict[str, float]]:
+    """An artifact with all sessions open, and the milliseconds each took to open."""
+    model, took = open_artifact(Path(folder), threads=threads), dict[str, float]()
+    for part in PARTS:
+        start = time.perf_counter()
+        model.session(part)
+        took[part] = (time.perf_counter() - start) * 1e3
+    return model, took
+
+
+def calls(model: ArtifactModel, prompts: int) -> dict[str, Call]:
+    """The encoder alone, the decoder alone for `prompts` clicks, and one after the other: ready to be timed."""
+    rng, size = np.random.default_rng(0), model.preprocess.image_size
+    image = {"images": pictures(1, size, rng)}
+    encoder, decoder = model.session("encoder"), model.session("decoder")
+    asked = probe("point", prompts, size, rng).inputs(encoder.run(image)["image_embeddings"])
+
+    def together() -> object:
+        return decoder.run(asked | encoder.run(image))
+
+    return {"encoder": lambda: encoder.run(image), "decoder": lambda: decoder.run(asked), TOGETHER: together}
+
+
+def latency(folders: Sequence[str], *, threads: int | None, prompts: int, warmup: int, repeats: int, max_seconds: float) -> dict[str, Any]:
+    """Samples of every part of every artifact, all taken in turns in this process."""
+    models = {str(i): opened(folder, threads) for i, folder in enumerate(folders)}
+    todo = {f"{i} {part}": call for i, (model, _) in models.items() for part, call in calls(model, prompts).items()}
+    found = interleave(todo, warmup=warmup, repeats=repeats, max_seconds=max_seconds)
+    return {"artifacts": [_described(model, took, {part: found[f"{i} {part}"] for part in (*PARTS, TOGETHER)}) for i, (model, took) in models.items()],
+            "circumstances": Circumstances.capture(threads=threads, warmup=warmup, repeats=repeats).model_dump(mode="json")}
+
+
+def footprint(folder: str, *, threads: int | None, prompts: int) -> dict[str, Any]:
+    """Peak memory before opening, and after opening and one run of everything."""
+    before = peak_memory_bytes()
+    model, _ = opened(folder, threads)
+    calls(model, prompts)[TOGETHER]()
+    return {"peak_memory_bytes": peak_memory_bytes(), "baseline_bytes": before}
+
+
+def _described(model: ArtifactModel, took: dict[str, float], samples: dict[str, Samples]) -> dict[str, Any]:
+    parts = {part: {"samples_ms": samples[part].values, "warmup": samples[part].warmup, "steady": samples[part].steady, "load_ms": took[part],
+                    "executed_precision": model.session(part).executed_precision, "executed_ops": model.session(part).executed_ops} for part in PARTS}
+    return {"id": model.name, "components": parts, "together_ms": samples[TOGETHER].values}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, print. Errors go to stderr with exit code 1."""
+    parser = argparse.ArgumentParser(prog="edgekd.profiling.runner", description="Run artifacts here and print what was measured as JSON.")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("--footprint", action="store_true", help="peak memory of one artifact instead of latency")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--max-seconds", type=float, default=8.0, help="per timed call; at least 10 samples are taken")
+    parser.add_argument("--json", action="store_true", help="the only output there is; accepted for symmetry with edgekd")
+    a = parser.parse_args(arguments)
+    try:
+        if a.footprint:
+            out = footprint(a.folders[0], threads=a.threads, prompts=a.prompts)
+        else:
+            out = latency(a.folders, threads=a.threads, prompts=a.prompts, warmup=a.warmup, repeats=a.repeats, max_seconds=a.max_seconds)
+    except EdgekdError as e:
+        print(e, file=sys.stderr)
+        return 1
+    print(json.dumps(out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

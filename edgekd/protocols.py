@@ -1,0 +1,135 @@
+"""The contracts between parts: what a dataset, a promptable model, an exporter and a session must offer.
+
+Everything here is structural (`typing.Protocol`): a plug-in needs no base class of ours.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+# Point labels, as in SAM (arXiv 2304.02643, App. A) plus ABSENT, which lets prompts of different length share a batch:
+# an ABSENT point is masked out of every attention, so the result equals the one without it.
+NEGATIVE, POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, NOT_A_POINT, ABSENT = 0, 1, 2, 3, -1, -2
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Photo -> model input: long side to `image_size` (bilinear), normalise, pad right and bottom with zeros.
+
+    `mean` and `std` are for RGB in 0..255.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a dataset. `image` (H, W, 3) uint8 RGB; `masks` (K, H, W) bool or None when unlabelled."""
+
+    id: str
+    image: np.ndarray
+    masks: np.ndarray | None = None
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Images with or without instance masks, in a fixed order."""
+
+    name: str
+    skipped: list[str]
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Sample: ...
+    def __iter__(self) -> Iterator[Sample]: ...
+
+    @property
+    def has_masks(self) -> bool: ...
+
+    def fingerprint(self) -> str:
+        """Changes when any image, mask or their order changes; cheap (paths, sizes, times or the generator's seed)."""
+        ...
+
+
+@runtime_checkable
+class Promptable(Protocol):
+    """Teacher, student or exported artifact of the task `promptable_segmentation`. S is `preprocess.image_size`."""
+
+    name: str
+    preprocess: Preprocess
+    embed_dim: int
+
+    def embed(self, images: Any) -> Any:
+        """(B, 3, S, S) normalised float -> (B, E, S/16, S/16)."""
+        ...
+
+    def decode(self, embedding: Any, points: Any, labels: Any, mask_input: Any = None, has_mask: Any = None) -> tuple[Any, Any]:
+        """Prompts of ONE image: embedding (1, E, s, s), points (P, N, 2) xy in the S frame, labels (P, N),
+        mask_input (P, 1, S/4, S/4) logits with has_mask (P,) -> mask logits (P, 4, S/4, S/4), IoU (P, 4).
+
+        Mask 0 is the single mask for unambiguous prompts, 1..3 the alternatives for one click.
+        """
+        ...
+
+
+@dataclass
+class Component:
+    """A part that is exported and profiled on its own: a module in eval mode, its example inputs and its I/O."""
+
+    name: str
+    module: torch.nn.Module
+    example: Mapping[str, torch.Tensor]
+    outputs: tuple[str, ...]
+    dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    """input name -> {axis: symbol}"""
+
+
+class Session(Protocol):
+    """An opened component of an artifact on its runtime."""
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
+
+    @property
+    def executed_precision(self) -> str:
+        """The precision really executed, read back from the runtime (`fp32`, `bf16`, `int8`, ...)."""
+        ...
+
+    @property
+    def executed_ops(self) -> dict[str, int]:
+        """Operator (or precision) name -> count in the graph the runtime executes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a toolchain works here; `fix` is the exact command that mends it."""
+
+    ok: bool
+    version: str | None = None
+    reason: str | None = None
+    fix: str | None = None
+
+
+class Exporter(Protocol):
+    """One file format with its runtime: a module-level object named `exporter` in `export/<format>.py`."""
+
+    format: str
+    suffix: str
+    extra: str | None
+    schemes: tuple[str, ...]
+
+    def availability(self) -> Availability: ...
+
+    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
+        """Write the component at `path` (all files written are returned). `calibration` is a re-iterable of input dicts
+        (name -> array), needed by static schemes. Raises EdgekdError with the reason when the format cannot take it."""
+        ...
+
+    def open(self, path: Path, *, scheme: str, threads: int | None = None) -> Session: ...

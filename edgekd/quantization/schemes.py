@@ -1,0 +1,66 @@
+"""The precisions a component can be exported in. A name is a grammar:
+
+    fp32 | bf16                 weights and activations in that float type
+    w<bits>a<bits>_static       integer weights and activations; activation ranges fixed beforehand from calibration images
+    w<bits>_dynamic             integer weights; activations quantized at run time from what they are
+
+A scheme says what is asked for. What a runtime really executed is read back from it and recorded beside the scheme.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from edgekd import plugins
+from edgekd.errors import unknown
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One precision: bits of weights and activations, when activation ranges are found, and what that needs."""
+
+    name: str
+    weight_bits: int
+    activation_bits: int
+    ranges: Literal["float", "static", "dynamic"]
+    summary: str
+    needs: tuple[str, ...] = ()
+
+    @property
+    def is_float(self) -> bool:
+        """Whether no integer arithmetic is asked for."""
+        return self.ranges == "float"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether sample inputs must be shown before export."""
+        return "calibration" in self.needs
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Formats whose exporter offers this scheme."""
+        return tuple(plugins.schemes().get(self.name, ()))
+
+
+SCHEMES = {s.name: s for s in (
+    Scheme("fp32", 32, 32, "float", "the reference: weights as trained"),
+    Scheme("bf16", 16, 16, "float", "half the traffic, fp32's range; fast where the CPU has bf16 units (AMX, AVX512-BF16)"),
+    Scheme("w8a8_static", 8, 8, "static", "integer arithmetic throughout; a quarter of the size", needs=("calibration",)),
+    Scheme("w8_dynamic", 8, 32, "dynamic", "8-bit weights of linear layers, activations quantized on the fly; no effect on convolutions"),
+)}
+
+
+def names() -> list[str]:
+    """Every scheme, the reference first."""
+    return list(SCHEMES)
+
+
+def get(name: str) -> Scheme:
+    """The scheme of this name.
+
+    Raises:
+        UsageError: there is none; the nearest name is offered.
+    """
+    if name not in SCHEMES:
+        raise unknown("scheme", name, SCHEMES)
+    return SCHEMES[name]

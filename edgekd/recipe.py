@@ -1,0 +1,242 @@
+"""The recipe: YAML of one complete run. `resolve("default", ["budget.latency_ms=30"])` gives the typed whole.
+
+Everything that changes a result is here; what belongs to the device is in `edgekd.target`. `auto` in `formats` and
+`quantization.schemes` stands for all that both the target runs and an exporter here writes, and is filled in by `with_auto`.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from typing_extensions import Self
+
+from edgekd import config, plugins
+from edgekd.config import Settings
+from edgekd.errors import UsageError
+
+Fraction = float
+PROTOCOLS = ("box", "center", "center_plus1", "center_plus2")
+REFERENCE_SCHEME = "fp32"
+
+
+def _names_or_auto(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
+        return value
+    raise ValueError(f"it should be auto or a list of names, not {value!r}")
+
+
+NamesOrAuto = Annotated[list[str] | Literal["auto"], BeforeValidator(_names_or_auto)]
+
+
+class StudentSpace(Settings):
+    """A student and the input sizes to try it at."""
+
+    name: str
+    image_sizes: list[int] = Field(default=[256], min_length=1)
+
+    @field_validator("image_sizes")
+    @classmethod
+    def _stride(cls, sizes: list[int]) -> list[int]:
+        wrong = [s for s in sizes if s < 32 or s % 32]
+        if wrong:
+            raise ValueError(f"image sizes are multiples of 32, not {', '.join(map(str, wrong))}")
+        return sizes
+
+
+class DataSection(Settings):
+    """What joins the user's photos, and how they are split."""
+
+    extra: list[str] = []
+    """More training data, by specification: `scenes:seed=500,count=48`."""
+    limit: int | None = Field(default=None, ge=1)
+    """The first so many photos only."""
+    val_fraction: Fraction = Field(default=0.25, ge=0, lt=1)
+    """Share of the photos that is kept out of training and used to evaluate."""
+
+
+class ObjectiveRef(Settings):
+    """A distillation loss by name, its weight and its own options."""
+
+    name: str
+    weight: float = Field(default=1.0, ge=0)
+    options: dict[str, Any] = {}
+
+
+class Stage(Settings):
+    """One training phase."""
+
+    name: str
+    objectives: list[ObjectiveRef] = Field(min_length=1)
+    trainable: list[Literal["encoder", "decoder"]] = Field(default=["encoder"], min_length=1)
+    steps: int = Field(ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    min_lr: float = Field(default=1e-5, ge=0)
+    warmup: int = Field(default=20, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    instances: int = Field(default=16, ge=1)
+    """Prompted masks per image, at most."""
+    decode_iters: int = Field(default=1, ge=0)
+    """Corrective clicks after the first prompt."""
+    precision: Literal["bf16", "fp32", "auto"] = "auto"
+    seed: int = 0
+    ema: float = Field(default=0.0, ge=0, lt=1)
+
+
+class Quantization(Settings):
+    """The precisions to try, and what calibrates the static ones."""
+
+    schemes: NamesOrAuto = "auto"
+    calibration_images: int = Field(default=32, ge=1)
+
+
+class EvaluationSection(Settings):
+    """What accuracy is measured on. Without `data` it is the part of the user's photos that was kept out of training."""
+
+    data: str | None = None
+    max_images: int = Field(default=16, ge=1)
+    max_instances: int = Field(default=8, ge=1)
+    protocols: list[Literal["box", "center", "center_plus1", "center_plus2"]] = Field(default=list(PROTOCOLS), min_length=1)
+
+
+class ProfileSection(Settings):
+    """How latency is measured."""
+
+    warmup: int = Field(default=5, ge=0)
+    repeats: int = Field(default=30, ge=10)
+    threads: int | None = Field(default=None, ge=1)
+    """None: as many as the target has."""
+    prompts: int = Field(default=1, ge=1)
+    """Prompts per image in one decoder call."""
+
+
+class Budget(Settings):
+    """Ceilings and a floor; None is no limit. MB is 10^6 bytes, accuracies are fractions."""
+
+    latency_ms: float | None = Field(default=None, gt=0)
+    size_mb: float | None = Field(default=None, gt=0)
+    memory_mb: float | None = Field(default=None, gt=0)
+    min_accuracy: Fraction | None = Field(default=None, ge=0, le=1)
+    max_drop: Fraction | None = Field(default=None, ge=0, le=1)
+    metric: str = "teacher_agreement.box"
+
+
+class SearchSection(Settings):
+    """How much the loop may spend on looking."""
+
+    max_trained: int = Field(default=2, ge=1)
+    """Students trained at most."""
+
+
+class TrainSection(Settings):
+    """Training a teacher from labelled masks (`edgekd train`)."""
+
+    data: list[str] = Field(min_length=1)
+    weights: list[float] | None = None
+    """How often each of `data` is drawn, in the same order; None is evenly."""
+    steps: int = Field(ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup: int = Field(default=200, ge=1)
+    decay: Fraction = Field(default=0.4, gt=0, le=1)
+    clip: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    instances: int = Field(default=8, ge=1)
+    max_clicks: int = Field(default=2, ge=0)
+    affinity: float = Field(default=0.5, ge=0)
+    trunk_lr: float = Field(default=0.1, ge=0)
+    image_size: int = Field(default=256, ge=32)
+    bf16: bool = True
+    seed: int = 0
+    workers: int = Field(default=1, ge=0)
+    checkpoint_every: int = Field(default=200, ge=1)
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> Self:
+        if self.weights is not None and len(self.weights) != len(self.data):
+            raise ValueError(f"train.weights has {len(self.weights)} numbers for {len(self.data)} sets in train.data")
+        return self
+
+
+class Recipe(Settings):
+    """One complete run: either students distilled from a teacher, or (`train:`) a teacher trained from labels."""
+
+    name: str
+    description: str = ""
+    task: str = "promptable_segmentation"
+    teacher: str = "sam_nano"
+    students: list[StudentSpace] = []
+    data: DataSection = DataSection()
+    stages: list[Stage] = []
+    quantization: Quantization = Quantization()
+    formats: NamesOrAuto = "auto"
+    evaluation: EvaluationSection = EvaluationSection()
+    profile: ProfileSection = ProfileSection()
+    budget: Budget = Budget()
+    search: SearchSection = SearchSection()
+    train: TrainSection | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.train is None and not (self.students and self.stages):
+            raise ValueError("a recipe needs 'students' and 'stages' (to distil) or 'train' (to train a teacher)")
+        for what, given in (("student", [s.name for s in self.students]), ("stage", [s.name for s in self.stages])):
+            twice = sorted({n for n in given if given.count(n) > 1})
+            if twice:
+                raise ValueError(f"{what} '{twice[0]}' is given twice" + ("; list all its sizes in one image_sizes" if what == "student" else ""))
+        return self
+
+
+def shipped() -> dict[str, Traversable]:
+    """name -> file of the recipes that come with edgekd."""
+    return plugins.yaml_files("edgekd.recipes")
+
+
+def names() -> list[str]:
+    """Names that `resolve` knows, in order."""
+    return sorted(shipped())
+
+
+def resolve(name_or_path: str | Path, sets: Sequence[str] = ()) -> Recipe:
+    """The recipe of a shipped name or a YAML file, with `--set` assignments applied.
+
+    Raises:
+        UsageError: no such recipe, or anything wrong in it; every problem is in the one message.
+    """
+    raw, where = config.load(name_or_path, "recipe", shipped())
+    raw.setdefault("name", Path(where).stem)
+    return config.validate(Recipe, raw, what=f"recipe '{where}'", sets=sets)
+
+
+def with_auto(recipe: Recipe, *, runs: Mapping[str, Sequence[str]], exports: Mapping[str, Sequence[str]]) -> Recipe:
+    """The recipe with `auto` formats and schemes filled in.
+
+    Args:
+        runs: format -> schemes that the target runs, best format first.
+        exports: format -> schemes that an exporter here writes.
+
+    Raises:
+        UsageError: there is no format that the target runs and an exporter here writes.
+    """
+    if recipe.formats == "auto":
+        both = [f for f in runs if f in exports and set(runs[f]) & set(exports[f])]
+        if not both:
+            raise UsageError(f"no exporter here writes a format that the target runs ({', '.join(runs)})",
+                             hint=f"formats that can be written: {', '.join(exports)}; `edgekd doctor` says how to add more")
+        recipe = recipe.model_copy(update={"formats": both})
+    if recipe.quantization.schemes == "auto":
+        possible = [s for f in recipe.formats if f in runs and f in exports for s in exports[f] if s in runs[f]]
+        schemes = list(dict.fromkeys([REFERENCE_SCHEME, *possible]))
+        recipe = recipe.model_copy(update={"quantization": recipe.quantization.model_copy(update={"schemes": schemes})})
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, every default spelled out."""
+    return config.dump(recipe)

@@ -1,0 +1,130 @@
+"""The target: what a device is, which files it runs and how to reach it. One YAML per device in `profiles/`.
+
+A fact about a device always names its source: a public specification, a published figure, or a measurement with its date.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from edgekd import config, plugins
+from edgekd.config import Settings
+
+Transport = Literal["local", "ssh", "adb", "browser", "none"]
+QdqStyle = Literal["u8s8", "s8s8_symmetric"]
+
+
+class Device(Settings):
+    """How code gets there. `none` means that there is no way yet: files are built and checked here, never timed."""
+
+    transport: Transport
+    how: str
+    """What the user has to do, in a sentence."""
+    address: str | None = None
+
+
+class Support(Settings):
+    """What the device's runtime does with one format."""
+
+    schemes: list[str] = Field(min_length=1)
+    qdq: QdqStyle | None = None
+    """How int8 is written into the graph: unsigned activations for x86 kernels, symmetric signed ones for NPUs and TensorRT."""
+    note: str | None = None
+
+
+class Limits(Settings):
+    """What a model may take there; None is not known."""
+
+    memory_mb: float | None = Field(default=None, gt=0)
+    """Memory of the whole device, 10^6 bytes."""
+    image_sizes: list[int] = []
+    """Input sizes worth trying first."""
+    default_budget_ms: float | None = Field(default=None, gt=0)
+    threads: int | None = Field(default=None, ge=1)
+
+
+class Fact(Settings):
+    """Something known about the device, and from where."""
+
+    fact: str
+    value: str
+    source: str
+
+
+class Target(Settings):
+    """A device profile."""
+
+    name: str
+    aliases: list[str] = []
+    description: str
+    device: Device
+    formats: dict[str, Support]
+    """Best format first."""
+    limits: Limits = Limits()
+    facts: list[Fact] = []
+
+    @model_validator(mode="after")
+    def _runs_something(self) -> Self:
+        if not self.formats:
+            raise ValueError("formats is empty: a target runs at least one")
+        return self
+
+    @property
+    def runs(self) -> dict[str, list[str]]:
+        """format -> schemes, best format first."""
+        return {name: list(support.schemes) for name, support in self.formats.items()}
+
+    @property
+    def reachable(self) -> bool:
+        """Whether latency can be measured from here. Only the machine itself can be, in this version."""
+        return self.device.transport == "local"
+
+    def qdq(self, format: str) -> str:
+        """How to write int8 for a format of this device."""
+        support = self.formats.get(format)
+        return (support.qdq if support else None) or "u8s8"
+
+
+def shipped() -> dict[str, Any]:
+    """name -> file (or mapping, from a plug-in) of every target known by name."""
+    return {**{name: _as_mapping(t) for name, t in plugins.entry_points("edgekd.targets").items()}, **plugins.yaml_files("edgekd.profiles")}
+
+
+def _as_mapping(target: Any) -> Any:
+    return target.model_dump(mode="json") if isinstance(target, Target) else target
+
+
+@cache
+def aliases() -> dict[str, str]:
+    """Other name -> name, from the profiles themselves."""
+    found = {}
+    for name, source in shipped().items():
+        raw = source if isinstance(source, Mapping) else config.parse_yaml(source.read_text(encoding="utf-8"), name)
+        found.update({alias: name for alias in (raw or {}).get("aliases", [])})
+    return found
+
+
+def names() -> list[str]:
+    """Names that `resolve` knows, without aliases."""
+    return sorted(shipped())
+
+
+def resolve(name_or_path: str | Path) -> Target:
+    """The target of a name, an alias or a YAML file.
+
+    Raises:
+        UsageError: no such target, or anything wrong in it; every problem is in the one message.
+    """
+    raw, where = config.load(name_or_path, "target", shipped(), aliases=aliases())
+    raw.setdefault("name", Path(where).stem)
+    return config.validate(Target, raw, what=f"target '{where}'")
+
+
+def dump(target: Target) -> str:
+    """The target as YAML, every default spelled out."""
+    return config.dump(target)

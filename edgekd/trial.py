@@ -1,0 +1,176 @@
+"""What is done with one trained student: export its candidates, profile them against each other, evaluate each. Every step's result
+goes through the ledger, so that nothing finished is done twice."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from edgekd import artifact, console, exporting
+from edgekd.errors import EdgekdError
+from edgekd.exporting import weights_sha256
+from edgekd.ledger import Ledger, Result
+from edgekd.models.sam import Sam
+from edgekd.profiling.profile import Profile, profile_many
+from edgekd.protocols import Dataset
+from edgekd.quantization.calibration import DecoderCalibration, EncoderCalibration
+from edgekd.recipe import Recipe
+from edgekd.report.schema import Accuracy, Agreement, CandidateRow, ComponentRow
+from edgekd.runtime import open_artifact
+from edgekd.search.space import Candidate
+from edgekd.target import Target
+from edgekd.tasks import promptable
+from edgekd.tasks.predictor import Remembered
+from edgekd.workspace import fingerprint
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all trials of a run share. `labelled` holds the ids of evaluation images whose masks are not the teacher's own."""
+
+    folder: Path
+    ledger: Ledger
+    recipe: Recipe
+    target: Target
+    teacher: Sam
+    oracle: Remembered
+    evaluation: Dataset
+    labelled: frozenset[str]
+    calibration: Dataset
+
+    @cached_property
+    def evaluation_key(self) -> list[Any]:
+        """What an accuracy depends on besides the model: the images, the teacher's weights (its masks may be the labels), the settings."""
+        return [self.evaluation.fingerprint(), weights_sha256(self.teacher), self.recipe.evaluation.model_dump()]
+
+    def artifact(self, id: str) -> Path:
+        """Where a candidate's files are."""
+        return self.folder / "artifacts" / id
+
+    @property
+    def threads(self) -> int | None:
+        return self.recipe.profile.threads or self.target.limits.threads
+
+
+def build_row(candidate: Candidate, student: Sam, *, trained: bool) -> CandidateRow:
+    """A row of which nothing is known yet."""
+    params = sum(p.numel() for p in student.encoder.parameters()) + sum(p.numel() for p in student.mask_decoder.parameters())
+    return CandidateRow(id=candidate.id, student=candidate.student, image_size=candidate.image_size, scheme=candidate.scheme, format=candidate.format,
+                        parent=candidate.parent, trained=trained, params=params)
+
+
+def export(bench: Bench, row: CandidateRow, student: Sam, source: str) -> CandidateRow:
+    """The row with its artifact's facts, or failed with the reason. An artifact that is there and whole is kept.
+
+    Args:
+        source: digest of the student's weights; an artifact made from others is made again.
+    """
+    folder = bench.artifact(row.id)
+    needs = "w8a8_static" in row.scheme
+    key = fingerprint([source, row.id, row.trained, bench.target.qdq(row.format), bench.calibration.fingerprint() if needs else None])
+    known = bench.ledger.known("export", key)
+    if known and (known["status"] == "failed" or _whole(folder)):
+        bench.ledger.reused += 1
+    else:
+        console.log(f"export {row.id}" + ("" if row.trained else " (untrained)"))
+        known = bench.ledger.record("export", row.id, key, _export(bench, row, student, folder))
+    if known["status"] == "failed":
+        return row.turned("failed", known["reason"], "export")
+    return _with_manifest(row, artifact.Manifest.load(folder))
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        artifact.verify(folder)
+    except EdgekdError:
+        return False
+    return True
+
+
+def _export(bench: Bench, row: CandidateRow, student: Sam, folder: Path) -> Result:
+    photos = EncoderCalibration(bench.calibration, student.preprocess, limit=bench.recipe.quantization.calibration_images)
+    calibration = {"encoder": photos, "decoder": DecoderCalibration(photos, student)} if row.scheme.endswith("_static") else None
+    try:
+        exporting.export_model(student, folder, format=row.format, scheme=row.scheme, name=row.id, teacher=bench.teacher.name, calibration=calibration,
+                               threads=bench.threads, qdq=bench.target.qdq(row.format), gate=row.trained)
+    except EdgekdError as e:
+        return {"status": "failed", "reason": e.what}
+    return {"status": "ok", "files": [f.model_dump() for f in artifact.Manifest.load(folder).files]}
+
+
+def _with_manifest(row: CandidateRow, manifest: artifact.Manifest) -> CandidateRow:
+    sizes = {f.path: f.size_bytes for f in manifest.files}
+    parts = {
+        name: ComponentRow(size_bytes=sum(sizes.get(f, 0) for f in part.files), parity=part.parity, executed_precision=part.executed_precision,
+                           executed_ops=part.executed_ops, note=part.note)
+        for name, part in manifest.components.items()
+    }
+    return row.model_copy(update={"components": parts, "size_bytes": manifest.size_bytes})
+
+
+def profile(bench: Bench, rows: Sequence[CandidateRow], beside: Sequence[str] = (), *, memory: bool = True) -> tuple[list[CandidateRow], dict[str, Profile]]:
+    """The rows with latencies, measured in turns in one process with the artifacts `beside` (the teacher); failed rows stay as they are.
+
+    On a target that cannot be reached nothing is measured and the rows stay without latency.
+    """
+    ids = [*(r.id for r in rows if r.status != "failed"), *beside]
+    if not bench.target.reachable or not ids:
+        return list(rows), {}
+    settings = bench.recipe.profile
+    made = [fingerprint([f.model_dump() for f in artifact.Manifest.load(bench.artifact(i)).files]) for i in ids]
+
+    def work() -> Result:
+        console.log(f"profile {len(ids)} artifacts against each other")
+        found = profile_many([bench.artifact(i) for i in ids], target=bench.target, warmup=settings.warmup, repeats=settings.repeats,
+                             threads=bench.threads, prompts=settings.prompts, memory=memory)
+        return {"profiles": [p.model_dump(mode="json", by_alias=True) for p in found]}
+
+    result = bench.ledger.once("profile", ",".join(ids), fingerprint([made, settings.model_dump(), bench.threads, memory]), work)
+    profiles = {i: Profile.model_validate(p) for i, p in zip(ids, result["profiles"], strict=True)}
+    for id, one in profiles.items():
+        one.save(bench.folder / "profiles" / f"{id}.json")
+    return [_with_profile(row, profiles[row.id]) if row.id in profiles else row for row in rows], profiles
+
+
+def _with_profile(row: CandidateRow, profile: Profile) -> CandidateRow:
+    parts = {name: part.model_copy(update={"latency_ms": profile.components[name].latency_ms, "executed_precision": profile.components[name].executed_precision})
+             for name, part in row.components.items()}
+    return row.model_copy(update={"components": parts, "latency_ms": profile.latency_ms, "peak_memory_bytes": profile.peak_memory_bytes})
+
+
+def evaluate(bench: Bench, row: CandidateRow) -> CandidateRow:
+    """The row with its accuracy, that of the exported files on their runtime."""
+    if row.status == "failed":
+        return row
+    folder = bench.artifact(row.id)
+    made = [f.model_dump() for f in artifact.Manifest.load(folder).files]
+
+    def work() -> Result:
+        console.log(f"evaluate {row.id}")
+        return measure(bench, open_artifact(folder, threads=bench.threads))
+
+    key = fingerprint([made, bench.evaluation_key])
+    return row.model_copy(update={"accuracy": accuracy(bench.ledger.once("evaluate", row.id, key, work))})
+
+
+def measure(bench: Bench, model: Any) -> Result:
+    """Evaluate any model as the candidates are: the mIoUs on images with labels of their own, the agreement on all."""
+    found = promptable.evaluate(model, bench.evaluation, teacher=bench.oracle, max_instances=bench.recipe.evaluation.max_instances)
+    return {"per_image": found.per_image, "protocol": found.protocol, "images": found.images, "instances": found.instances,
+            "labelled": sorted(bench.labelled)}
+
+
+def accuracy(result: Mapping[str, Any]) -> Accuracy:
+    """Means over instances: of the labelled images for what is compared with labels, of all images for the agreement."""
+    labelled = set(result["labelled"])
+
+    def mean(metric: str, only_labelled: bool) -> float | None:
+        rows = [r for r in result["per_image"] if metric in r and (r["id"] in labelled or not only_labelled)]
+        total = sum(r["instances"] for r in rows)
+        return sum(r[metric] * r["instances"] for r in rows) / total if total else None
+
+    agreement = Agreement(box=mean("teacher_agreement.box", False), center=mean("teacher_agreement.center", False))
+    return Accuracy(**{m: mean(m, True) for m in promptable.METRICS}, teacher_agreement=agreement)
+

@@ -1,0 +1,283 @@
+"""ONNX files, run by onnxruntime: the format of the core install, and the way into the other runtimes.
+
+    float graph    torch.export -> ONNX opset 18 (dynamo) -> onnxslim -> checked; kept in memory by content, so that three
+                   schemes and two formats of one component capture it once
+    w8a8_static    QDQ, 8-bit activations and per-channel weights, on the operators that carry the arithmetic only
+                   (quantizing softmax and normalisation wrecks attention models)
+    w8_dynamic     8-bit weights of MatMul and Gemm, activations quantized at run time; a graph without them is refused
+
+Activations follow the target: `u8s8` for x86 (signed activations are slower than fp32 there), `s8s8_symmetric` for
+TensorRT and mobile delegates, which also refuse quantized biases.
+"""
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.errors import EdgekdError, UsageError, unknown
+from edgekd.protocols import Availability, Component
+from edgekd.workspace import atomic_path
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+
+OPSET = 18
+KEPT_GRAPHS = 8
+ARITHMETIC = ("Conv", "MatMul", "Gemm")  # what is worth quantizing
+INTEGER_OPS = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm",
+               "DynamicQuantizeLSTM", "QAttention"}
+FLOAT_OPS = {"Conv", "FusedConv", "ConvTranspose", "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Attention", "MultiHeadAttention"}
+QDQ_STYLES = {
+    "u8s8": {},
+    "s8s8_symmetric": {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+}
+
+_graphs: OrderedDict[str, bytes] = OrderedDict()
+
+
+def float_graph(component: Component) -> onnx.ModelProto:
+    """The component as a slimmed, checked fp32 ONNX graph; the same content is captured only once per process.
+
+    Raises:
+        EdgekdError: the component cannot be captured, with the toolchain's reason.
+    """
+    import onnx
+
+    key = content_key(component)
+    if key not in _graphs:
+        _graphs[key] = _capture(component).SerializeToString()
+        while len(_graphs) > KEPT_GRAPHS:
+            _graphs.popitem(last=False)
+    _graphs.move_to_end(key)
+    return onnx.load_from_string(_graphs[key])
+
+
+def content_key(component: Component) -> str:
+    """Changes with the component's weights, structure, plain attributes, example shapes and names."""
+    digest = hashlib.sha256()
+    for name, module in component.module.named_modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple)) and not k.startswith("__")}
+        digest.update(repr((name, type(module).__module__, type(module).__qualname__, module.extra_repr(), sorted(plain.items(), key=str))).encode())
+    for name, tensor in [*component.module.named_parameters(), *component.module.named_buffers()]:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    example = {k: (tuple(v.shape), str(v.dtype)) for k, v in component.example.items()}
+    digest.update(repr((example, component.outputs, {k: dict(v) for k, v in component.dynamic.items()})).encode())
+    return digest.hexdigest()
+
+
+def _capture(component: Component) -> onnx.ModelProto:
+    import onnx
+    import onnxslim
+    import torch
+
+    if component.module.training:
+        raise EdgekdError("the module is in training mode and would be exported with its training behaviour", where=component.name,
+                          hint="call .eval() first")
+    # By position: the names of a component's inputs need not be those of its forward().
+    shapes = tuple(dict(component.dynamic[k]) if component.dynamic.get(k) else None for k in component.example)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                component.module, tuple(component.example.values()), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
+                input_names=list(component.example), output_names=list(component.outputs), dynamic_shapes=shapes if component.dynamic else None)
+            assert program is not None  # dynamo=True without a file always returns the program
+            graph = onnxslim.slim(program.model_proto)
+        onnx.checker.check_model(graph)
+    except Exception as e:  # torch, onnxscript and onnxslim raise dozens of kinds: all mean that it cannot be captured
+        raise EdgekdError(f"the component cannot be captured as ONNX: {_first_line(e.__cause__ or e)}", where=component.name,
+                          hint="run with a module that torch.export accepts; `TORCH_LOGS=export` shows where it stopped") from e
+    return graph
+
+
+class OnnxExporter:
+    """See `edgekd.protocols.Exporter`."""
+
+    format = "onnx"
+    suffix = ".onnx"
+    extra: str | None = None
+    schemes: tuple[str, ...] = ("fp32", "w8a8_static", "w8_dynamic")
+
+    def availability(self) -> Availability:
+        """Whether onnx, onnxruntime, onnxscript and onnxslim are installed."""
+        missing = [p for p in ("onnx", "onnxruntime", "onnxscript", "onnxslim") if not _version(p)]
+        if missing:
+            return Availability(False, reason=f"not installed: {', '.join(missing)}", fix="pip install edgekd")
+        return Availability(True, version=f"onnxruntime {_version('onnxruntime')}")
+
+    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
+        """Write the component as one `.onnx` file (see `edgekd.protocols.Exporter.export`)."""
+        import onnx
+
+        if scheme not in self.schemes:
+            raise unknown("onnx scheme", scheme, self.schemes)
+        if qdq not in QDQ_STYLES:
+            raise unknown("QDQ style", qdq, QDQ_STYLES)
+        if scheme == "w8a8_static" and calibration is None:
+            raise UsageError("w8a8_static needs calibration images", where=component.name, hint="give a folder of images with --data")
+        graph = float_graph(component)
+        with atomic_path(Path(path)) as temp:
+            if scheme == "fp32":
+                onnx.save(graph, temp)
+            else:
+                _quantize(graph, temp, component, scheme, calibration, qdq)
+        return [Path(path)]
+
+    def open(self, path: Path, *, scheme: str, threads: int | None = None) -> OnnxSession:
+        """A session on the CPU with `threads` threads (None: onnxruntime's own choice)."""
+        return OnnxSession(Path(path), threads)
+
+
+class OnnxSession:
+    """An ONNX file opened by onnxruntime on the CPU."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        self._path, self._threads = path, threads
+        self._session = self._start()
+        self._inputs = [i.name for i in self._session.get_inputs()]
+        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._ops: dict[str, int] | None = None
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Inputs the graph does not use (an export may drop one) are left out."""
+        outputs = self._session.run(self._outputs, {name: inputs[name] for name in self._inputs})
+        return dict(zip(self._outputs, outputs, strict=True))
+
+    @property
+    def executed_ops(self) -> dict[str, int]:
+        """Operators of the graph as onnxruntime optimised it for this CPU, most frequent first."""
+        if self._ops is None:
+            import onnx
+
+            with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+                optimised = Path(folder) / "optimised.onnx"
+                self._start(optimised)
+                self._ops = dict(Counter(n.op_type for n in onnx.load(optimised).graph.node).most_common())
+        return self._ops
+
+    @property
+    def executed_precision(self) -> str:
+        """`fp32`, `int8`, or `int8+fp32` when arithmetic of both kinds is left."""
+        integer = any(op in INTEGER_OPS for op in self.executed_ops)
+        floating = any(op in FLOAT_OPS for op in self.executed_ops)
+        return "int8+fp32" if integer and floating else "int8" if integer else "fp32"
+
+    def _start(self, optimised: Path | None = None) -> Any:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # it warns that an optimised graph fits this CPU only, which is the point
+        options.intra_op_num_threads, options.inter_op_num_threads = self._threads or 0, 1
+        if optimised:
+            options.optimized_model_filepath = str(optimised)
+        try:
+            return ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
+        except Exception as e:  # onnxruntime's exceptions share no base class
+            raise EdgekdError(f"onnxruntime cannot open the file: {_first_line(e)}", where=self._path, hint="export the model again") from e
+
+
+def _quantize(graph: onnx.ModelProto, target: Path, component: Component, scheme: str, calibration: Any, qdq: str) -> None:
+    """Write the int8 form of `graph` to `target`. Raises EdgekdError when there is nothing to quantize or a step fails."""
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    nodes = quantizable(graph, dynamic=scheme == "w8_dynamic")
+    if not nodes:
+        kinds = "MatMul or Gemm with constant weights" if scheme == "w8_dynamic" else "Conv, MatMul or Gemm with constant weights"
+        raise EdgekdError(f"nothing to quantize: {scheme} works on {kinds}, and the graph has none", where=component.name,
+                          hint="use w8a8_static for convolutional models" if scheme == "w8_dynamic" else "use fp32")
+    try:
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder, _quiet():
+            plain, ready = str(Path(folder) / "plain.onnx"), str(Path(folder) / "ready.onnx")
+            onnx.save(graph, plain)  # by file: given a graph in memory, quant_pre_process looks for its weights in a file it removed
+            quant_pre_process(plain, ready, skip_symbolic_shape=True)
+            if scheme == "w8_dynamic":  # by kind, not by name: each Gemm is first renamed into a MatMul, and only constant weights are taken
+                quantize_dynamic(ready, str(target), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8)
+            else:
+                kept = {n.name for n in onnx.load(ready).graph.node}
+                nodes = [n for n in nodes if n in kept] or nodes  # an empty list would mean every node
+                activation = QuantType.QUInt8 if qdq == "u8s8" else QuantType.QInt8
+                quantize_static(ready, str(target), _Reader(calibration), quant_format=QuantFormat.QDQ, op_types_to_quantize=list(ARITHMETIC),
+                                nodes_to_quantize=nodes, per_channel=True, activation_type=activation, weight_type=QuantType.QInt8,
+                                calibrate_method=CalibrationMethod.MinMax, extra_options=dict(QDQ_STYLES[qdq]))
+    except EdgekdError:
+        raise
+    except Exception as e:  # the quantizer raises ValueError, RuntimeError, KeyError and onnxruntime's own
+        raise EdgekdError(f"onnxruntime cannot quantize the component: {_first_line(e)}", where=component.name, hint="use fp32") from e
+    written = Counter(n.op_type for n in onnx.load(target).graph.node)
+    if not (written["QuantizeLinear"] or written["DynamicQuantizeLinear"]):
+        raise EdgekdError("the quantizer left every operator in float", where=component.name, hint="use fp32")
+
+
+def quantizable(graph: onnx.ModelProto, *, dynamic: bool) -> list[str]:
+    """Names of the nodes worth quantizing: arithmetic with constant weights.
+
+    Static activations are left in float where their length varies beyond the batch axis: in a promptable decoder those are
+    the few prompt tokens, which cost nothing and break at 8 bits, while the image side carries the arithmetic.
+    """
+    constant = {t.name for t in graph.graph.initializer}
+    shapes = {v.name: v.type.tensor_type.shape.dim for v in [*graph.graph.value_info, *graph.graph.input, *graph.graph.output]}
+    found = []
+    for node in graph.graph.node:
+        if node.op_type not in (("MatMul", "Gemm") if dynamic else ARITHMETIC) or node.input[1] not in constant:
+            continue
+        varying = any(not d.HasField("dim_value") for d in list(shapes.get(node.input[0], []))[1:])
+        if dynamic or not varying:
+            found.append(node.name)
+    return found
+
+
+class _Reader:
+    """Feeds calibration inputs one by one: a re-iterable of any length in constant memory."""
+
+    def __init__(self, samples: Iterable[Mapping[str, np.ndarray]]) -> None:
+        self._samples = samples
+        self.rewind()
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        sample = next(self._iterator, None)
+        return None if sample is None else dict(sample)
+
+    def rewind(self) -> None:
+        self._iterator: Iterator[Mapping[str, np.ndarray]] = iter(self._samples)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporters' advice to developers; failures still raise."""
+    root, names = logging.getLogger(), ("torch.onnx", "torch", "onnxscript", "onnx_ir", "onnxslim")
+    before = [(logging.getLogger(n), logging.getLogger(n).level) for n in names] + [(root, root.level)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger, _ in before:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in before:
+                logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+exporter = OnnxExporter()

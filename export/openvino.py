@@ -1,0 +1,208 @@
+"""OpenVINO IR (`.xml` + `.bin`): the fastest way to run on x86, read from the ONNX graph of `export/onnx.py`.
+
+    fp32          weights as they are, executed in f32. The hint is set: on CPUs with bf16 units OpenVINO would use bf16 silently
+    bf16          the same file, executed in bf16; refused where the CPU has no such arithmetic
+    w8a8_static   NNCF post-training quantization, everything else in f32
+
+What was really executed is read back from the compiled model, layer by layer.
+"""
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.errors import EdgekdError, UsageError, unknown
+from edgekd.protocols import Availability, Component
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HINTS = {"fp32": "f32", "bf16": "bf16", "w8a8_static": "f32"}
+PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
+ARITHMETIC = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deconvolution", "ScaledDotProductAttention"}
+FIX = 'pip install "edgekd[openvino]"'
+
+
+class OpenVinoExporter:
+    """See `edgekd.protocols.Exporter`."""
+
+    format = "openvino"
+    suffix = ".xml"
+    extra: str | None = "openvino"
+    schemes: tuple[str, ...] = tuple(HINTS)
+
+    def availability(self) -> Availability:
+        """Whether openvino and nncf are installed."""
+        missing = [p for p in ("openvino", "nncf") if not _version(p)]
+        if missing:
+            return Availability(False, reason=f"not installed: {', '.join(missing)}", fix=FIX)
+        return Availability(True, version=f"openvino {_version('openvino')}")
+
+    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
+        """Write `path` and the `.bin` beside it (see `edgekd.protocols.Exporter.export`). OpenVINO picks its own QDQ style."""
+        if scheme not in self.schemes:
+            raise unknown("openvino scheme", scheme, self.schemes)
+        if scheme == "w8a8_static" and calibration is None:
+            raise UsageError("w8a8_static needs calibration images", where=component.name, hint="give a folder of images with --data")
+        _openvino()
+        if scheme == "bf16":
+            _require_bf16()
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
+            model = _read(component, Path(folder))
+            if scheme == "w8a8_static":
+                model = _quantize(model, component, calibration)
+            return _save(model, path, Path(folder))
+
+    def open(self, path: Path, *, scheme: str, threads: int | None = None) -> OpenVinoSession:
+        """A session on the CPU with `threads` threads (None: OpenVINO's own choice)."""
+        if scheme == "bf16":
+            _require_bf16()
+        return OpenVinoSession(Path(path), HINTS[scheme], threads)
+
+
+class OpenVinoSession:
+    """An IR file compiled for the CPU with its precision fixed."""
+
+    def __init__(self, path: Path, hint: str, threads: int | None = None) -> None:
+        ov = _openvino()
+        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        if threads:
+            config["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self._compiled = ov.Core().compile_model(str(path), "CPU", config)
+        except RuntimeError as e:
+            raise EdgekdError(f"OpenVINO cannot open the file: {_first_line(e)}", where=path, hint="export the model again") from e
+        self._request = self._compiled.create_infer_request()
+        self._inputs = [i.any_name for i in self._compiled.inputs]
+        self._outputs = [o.any_name for o in self._compiled.outputs]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs are copies: the runtime reuses its own buffers in the next call."""
+        import numpy as np
+
+        self._request.infer({name: inputs[name] for name in self._inputs}, share_inputs=True)
+        return {name: np.array(self._request.get_output_tensor(i).data) for i, name in enumerate(self._outputs)}
+
+    @property
+    def executed_ops(self) -> dict[str, int]:
+        """`layer type:precision` -> count in the compiled graph, most frequent first."""
+        return dict(Counter(f"{kind}:{precision}" for kind, precision in self._layers()).most_common())
+
+    @property
+    def executed_precision(self) -> str:
+        """Of the layers that carry the arithmetic: `fp32`, `bf16`, `int8`, or e.g. `int8+fp32` when both are left."""
+        found = Counter(PRECISIONS.get(precision, precision) for kind, precision in self._layers() if kind in ARITHMETIC)
+        return "+".join(sorted(found, key=lambda p: (p != "int8", -found[p]))) or "fp32"
+
+    def _layers(self) -> Iterator[tuple[str, str]]:
+        """(layer type, precision) of every layer that is executed."""
+        for op in self._compiled.get_runtime_model().get_ordered_ops():
+            info = op.get_rt_info()
+            kind, precision = (str(info[k].astype(str)) if k in info else "" for k in ("layerType", "runtimePrecision"))
+            if kind and kind not in ("Input", "Output", "Const", "Constant"):
+                yield kind, precision
+
+
+def _read(component: Component, folder: Path) -> Any:
+    """The component as an OpenVINO model, through its float ONNX graph (half the time of reading the torch program)."""
+    import onnx
+    from edgekd.export.onnx import float_graph
+
+    file = folder / "float.onnx"
+    onnx.save(float_graph(component), file)
+    try:
+        return _openvino().Core().read_model(str(file))
+    except RuntimeError as e:
+        raise EdgekdError(f"OpenVINO cannot read the component: {_first_line(e)}", where=component.name) from e
+
+
+def _quantize(model: Any, component: Component, calibration: Any) -> Any:
+    with _quiet():
+        import nncf
+
+        kinds = {op.get_type_name() for op in model.get_ordered_ops()}
+        varying = [op.get_friendly_name() for op in model.get_ordered_ops() if op.get_type_name() in ("MatMul", "Convolution") and _varies(op)]
+        samples = list_length(calibration)
+        try:
+            return nncf.quantize(
+                model, nncf.Dataset(calibration), subset_size=samples, fast_bias_correction=True,
+                preset=nncf.QuantizationPreset.MIXED, target_device=nncf.TargetDevice.CPU,
+                model_type=nncf.ModelType.TRANSFORMER if "Softmax" in kinds else None,
+                ignored_scope=nncf.IgnoredScope(names=varying) if varying else None)
+        except Exception as e:  # nncf raises its own kinds and openvino's RuntimeError
+            raise EdgekdError(f"NNCF cannot quantize the component: {_first_line(e)}", where=component.name, hint="use fp32 or bf16") from e
+
+
+def _varies(op: Any) -> bool:
+    """Whether the length of the activation varies beyond its batch axis: prompt tokens, which break at 8 bits and cost nothing."""
+    shape = op.input(0).get_partial_shape()
+    return shape.rank.is_static and any(shape[i].is_dynamic for i in range(1, len(shape)))
+
+
+def list_length(calibration: Any) -> int:
+    """How many samples a re-iterable holds, counted without keeping them."""
+    return max(1, len(calibration) if hasattr(calibration, "__len__") else sum(1 for _ in calibration))
+
+
+def _save(model: Any, path: Path, folder: Path) -> list[Path]:
+    """Both files appear under their names only when whole; the `.xml`, which makes it a model, last."""
+    temp = folder / path.name
+    _openvino().save_model(model, str(temp), compress_to_fp16=False)
+    written = []
+    for file in (temp.with_suffix(".bin"), temp):
+        os.replace(file, path.with_name(file.name))
+        written.append(path.with_name(file.name))
+    return written[::-1]
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as e:
+        raise EdgekdError("openvino is not installed", hint=FIX) from e
+    return openvino
+
+
+def _require_bf16() -> None:
+    capabilities = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if "BF16" not in capabilities:
+        raise EdgekdError(f"this CPU has no bf16 arithmetic for OpenVINO (it offers {', '.join(capabilities)})", hint="use fp32 or w8a8_static")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence NNCF: its advice, its progress bars (they go to stdout, which is ours for data) and its telemetry. Failures still raise."""
+    os.environ.setdefault("NNCF_CI", "1")  # read when nncf is imported: no telemetry
+    logger = logging.getLogger("nncf")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+exporter = OpenVinoExporter()

@@ -1,0 +1,91 @@
+"""Simulated prompts as tensors: in the mask, uniform over the error region, with the labels of SAM."""
+from __future__ import annotations
+
+import torch
+
+from edgekd.distillation.clicks import boxes, central_cell, error_click, first_prompts, pick_cell
+from edgekd.protocols import ABSENT, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NEGATIVE, POSITIVE
+
+
+def square(size: int, y0: int, y1: int, x0: int, x1: int) -> torch.Tensor:
+    mask = torch.zeros(1, size, size, dtype=torch.bool)
+    mask[:, y0:y1, x0:x1] = True
+    return mask
+
+
+def cells(points: torch.Tensor) -> torch.Tensor:
+    return ((points - 1.5) / 4).round().long()
+
+
+def test_pick_cell__is_uniform_over_the_mask() -> None:
+    mask = square(16, 2, 4, 5, 10).expand(5000, 16, 16)
+    x, y = cells(pick_cell(mask, torch.Generator().manual_seed(0))).unbind(1)
+    assert mask[torch.arange(5000), y, x].all()
+    counts = torch.bincount(y * 16 + x, minlength=256)
+    counts = counts[counts > 0].float()
+    assert len(counts) == 10
+    chi_square = float(((counts - 500) ** 2 / 500).sum())
+    assert chi_square < 27.9, "p = 0.001 at 9 degrees of freedom"
+
+
+def test_pick_cell__never_lands_on_weight_zero_at_the_edges() -> None:
+    mask = torch.zeros(2, 8, 8)
+    mask[0, 0, 0] = mask[1, 7, 7] = 1
+    for seed in range(20):
+        found = cells(pick_cell(mask, torch.Generator().manual_seed(seed)))
+        assert found.tolist() == [[0, 0], [7, 7]]
+
+
+def test_pick_cell__an_empty_mask_gives_the_middle() -> None:
+    assert cells(pick_cell(torch.zeros(1, 8, 8))).tolist() == [[0, 4]]
+
+
+def test_central_cell__is_far_from_the_border() -> None:
+    x, y = cells(central_cell(square(32, 4, 25, 6, 27)))[0].tolist()
+    assert 10 <= x <= 22 and 8 <= y <= 20
+
+
+def test_boxes__lie_on_pixel_edges() -> None:
+    """The prompt encoder adds half a pixel, so the edges 8 and 20 are given as 7.5 and 19.5."""
+    assert boxes(square(32, 4, 12, 8, 20)).tolist() == [[[7.5, 3.5], [19.5, 11.5]]]
+
+
+def test_boxes__noise_is_bounded() -> None:
+    mask = square(64, 8, 56, 8, 56).expand(500, 64, 64)
+    moved = (boxes(mask, 0.1, 3.0, torch.Generator().manual_seed(1)) - boxes(mask)).abs()
+    assert 0 < moved.mean() and moved.max() <= 3.0
+
+
+def test_first_prompts__boxes_and_clicks_share_a_batch() -> None:
+    mask = square(64, 8, 40, 12, 50).expand(400, 64, 64)
+    points, labels = first_prompts(mask, mask[:, ::4, ::4], 0.5, torch.Generator().manual_seed(0))
+    as_box = labels[:, 0] == BOX_TOP_LEFT
+    assert 120 < int(as_box.sum()) < 280
+    assert (labels[as_box] == torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT])).all()
+    assert (labels[~as_box] == torch.tensor([POSITIVE, ABSENT])).all()
+    clicks = cells(points[~as_box][:, 0])
+    assert mask[0, ::4, ::4][clicks[:, 1], clicks[:, 0]].all()
+
+
+def test_error_click__positive_on_what_is_missing_negative_on_what_is_too_much() -> None:
+    truth, prediction = square(16, 0, 4, 0, 4), square(16, 0, 4, 2, 6)
+    seen = set()
+    for seed in range(40):
+        point, label = error_click(prediction, truth, generator=torch.Generator().manual_seed(seed))
+        x, y = cells(point[:, 0])[0].tolist()
+        assert bool(prediction[0, y, x]) != bool(truth[0, y, x])
+        assert label.item() == (POSITIVE if truth[0, y, x] else NEGATIVE)
+        seen.add(label.item())
+    assert seen == {POSITIVE, NEGATIVE}
+
+
+def test_error_click__nothing_wrong_is_absent() -> None:
+    mask = square(16, 0, 4, 0, 4)
+    assert error_click(mask, mask)[1].item() == ABSENT
+
+
+def test_error_click__padding_is_never_clicked() -> None:
+    valid = square(16, 0, 16, 0, 2)
+    for seed in range(20):
+        point, _ = error_click(square(16, 0, 0, 0, 0), square(16, 0, 16, 0, 16), valid, torch.Generator().manual_seed(seed))
+        assert cells(point[:, 0])[0, 0] < 2

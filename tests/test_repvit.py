@@ -1,0 +1,167 @@
+"""The RepViT encoder: contract, published geometry, gradients, export."""
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgekd.errors import UsageError
+from edgekd.models import blocks
+from edgekd.models.fold import fold
+from edgekd.models.repvit import CONFIGS, RepViT, RepViTConfig
+
+TINY = RepViTConfig((8, 16, 24, 32), (1, 1, 3, 1), act="relu")
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("size", [32, 192, 224, 256, 320])
+def test_embedding_contract(size: int) -> None:
+    with torch.no_grad():
+        assert RepViT(TINY, 32).eval()(torch.randn(2, 3, size, size)).shape == (2, 32, size // 16, size // 16)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("size", [192, 224, 256, 320])
+def test_every_configuration_keeps_the_contract(name: str, size: int) -> None:
+    model = RepViT(CONFIGS[name], 256).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, size, size)).shape == (1, 256, size // 16, size // 16)
+
+
+@pytest.mark.parametrize("name,parameters", [
+    ("repvit_xs", 815_532), ("repvit_s", 1_539_240), ("repvit_m", 3_410_084), ("repvit_m0_9", 4_955_872), ("repvit_m1_0", 6_653_372),
+])
+def test_parameter_counts(name: str, parameters: int) -> None:
+    assert count(RepViT(CONFIGS[name], 128)) == parameters
+
+
+@pytest.mark.parametrize("name,classifier", [("repvit_m0_9", 5_103_560), ("repvit_m1_0", 6_852_900)])
+def test_published_geometry(name: str, classifier: int) -> None:
+    """The published ImageNet models are this trunk, a norm and a 1000-way layer."""
+    model, last = RepViT(CONFIGS[name], 128), CONFIGS[name].widths[3]
+    assert count(model.features) == classifier - (2 * last + 1000 * last + 1000)
+
+
+def test_early_checkpoints_fit_key_for_key() -> None:
+    """The SAM student published with the early token mixer: 5.52 M parameters in 684 tensors (fused stages, neck of 256)."""
+    model = RepViT(RepViTConfig((48, 96, 192, 384), (3, 3, 15, 2), joint_norm=False), 256)
+    keys = model.state_dict().keys()
+    assert count(model) == 5_517_552 and len(keys) == 684
+    for key in ("features.0.0.c.weight", "features.0.2.bn.bias", "features.1.token_mixer.0.conv1.c.weight", "features.1.token_mixer.1.fc1.weight",
+                "features.4.token_mixer.0.c.weight", "features.4.token_mixer.2.c.weight", "features.4.channel_mixer.m.2.bn.weight",
+                "fuse_stage2.weight", "neck.3.bias"):
+        assert key in keys
+
+
+def test_later_checkpoints_have_a_joint_norm() -> None:
+    keys = RepViT(CONFIGS["repvit_m1_0"], 128).state_dict().keys()
+    assert {"features.1.token_mixer.0.conv1.weight", "features.1.token_mixer.0.conv1.bias", "features.1.token_mixer.0.bn.weight"} <= keys
+
+
+def test_squeeze_excite_places() -> None:
+    """Every second block of a stage, the first included; none in downsampling blocks nor at the end of a longer stage."""
+    gates = [isinstance(block.token_mixer[1], blocks.SqueezeExcite) for block in RepViT(CONFIGS["repvit_m0_9"], 128).features[1:]]
+    stages = [[1, 0, 0], [0, 1, 0, 0], [0] + [1, 0] * 7 + [0], [0, 1, 0]]
+    assert gates == [bool(g) for stage in stages for g in stage]
+
+
+@pytest.mark.parametrize("channels,hidden", [(24, 8), (48, 16), (56, 16), (96, 24), (112, 32), (224, 56)])
+def test_squeeze_excite_width(channels: int, hidden: int) -> None:
+    assert blocks.SqueezeExcite(channels).fc1.out_channels == hidden
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    model = RepViT(TINY, 32).train()
+    for m in model.modules():  # a zero residual scale would hide what lies before it
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.ones_(m.weight)
+    (model(torch.randn(2, 3, 64, 64)) * torch.randn(2, 32, 4, 4)).sum().backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # a constant shift right before a batch norm cannot matter: these are the biases of the 1x1 branch under the joint norm
+    assert all(n.endswith("conv1.bias") or n.endswith("conv.bn.bias") for n in missing), missing
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_bf16_channels_last_step_learns() -> None:
+    torch.manual_seed(0)
+    model = RepViT(TINY, 32).train().to(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    wanted = torch.randn(4, 32, 4, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(images)
+        loss = (out.float() - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] * 0.9
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_starts_as_the_identity_in_the_channel_mixers() -> None:
+    model = RepViT(TINY, 32).eval()
+    x = torch.randn(1, 24, 4, 4)
+    mixer = next(b.channel_mixer for b in model.features[1:] if b.channel_mixer.m[0].c.in_channels == 24)
+    with torch.no_grad():
+        assert torch.equal(mixer(x), x)
+
+
+def test_state_dict_round_trip() -> None:
+    one, two = RepViT(TINY, 32).eval(), RepViT(TINY, 32).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert not torch.equal(one(x), two(x))
+        two.load_state_dict(one.state_dict(), strict=True)
+        assert torch.equal(one(x), two(x))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scaled_by_one_is_the_same(name: str) -> None:
+    assert CONFIGS[name].scaled() == CONFIGS[name]
+
+
+def test_scaled() -> None:
+    config = CONFIGS["repvit_s"].scaled(width=0.7, depth=0.3, act="gelu")
+    assert config.widths == (24, 48, 88, 176) and config.depths == (1, 1, 2, 1) and config.act == "gelu"
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(UsageError, match="unknown activation 'gelo'") as caught:
+        RepViT(TINY.scaled(act="gelo"), 32)
+    assert "did you mean 'gelu'" in str(caught.value)
+
+
+def test_layer_norm_2d_is_sams() -> None:
+    norm = blocks.LayerNorm2d(6)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_()
+    x = torch.randn(2, 6, 5, 4) * 3 + 1
+    mean, var = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
+    wanted = (x - mean) / (var + 1e-6).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+    torch.testing.assert_close(norm(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_onnxruntime_parity(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model, images = fold(RepViT(TINY, 32).eval()), torch.randn(1, 3, 96, 96)
+    path = tmp_path / "encoder.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (images,), path, input_names=["images"], dynamo=True, opset_version=18, external_data=False, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        wanted = model(images).numpy()
+    (got,) = session.run(None, {"images": images.numpy()})
+    assert np.abs(got - wanted).max() <= 1e-4

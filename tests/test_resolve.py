@@ -1,0 +1,77 @@
+"""Wherever a model is expected: what each way of naming one gives, and what nothing gives."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edgekd import checkpoint, resolve, students
+from edgekd.errors import EdgekdError, UsageError
+from edgekd.models.sam import Sam
+
+TINY = "repvit_xs:width=0.25,depth=0.25"
+
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = students.build(TINY, image_size=64, embed_dim=32)
+    return checkpoint.save(model, tmp_path_factory.mktemp("c") / "tiny.safetensors", teacher="sam_nano")
+
+
+def test_checkpoint(saved: Path) -> None:
+    model = resolve.load_model(saved)
+    assert isinstance(model, Sam) and model.preprocess.image_size == 64
+    assert resolve.teacher_of(saved) == "sam_nano"
+
+
+def test_baseline() -> None:
+    assert resolve.load_model("baseline/disc").name == "baseline/disc"
+
+
+def test_factory() -> None:
+    assert resolve.load_model("collections:OrderedDict") == {}
+
+
+@pytest.mark.parametrize(("reference", "said"), [
+    ("sam_nanoo", "did you mean 'sam_nano'"), ("baseline/disk", "did you mean 'baseline/disc'"), ("repvit_sx", "did you mean"),
+    ("./nothing.safetensors", "no model at"), ("/no/such/folder", "no model at"),
+])
+def test_unknown__is_a_usage_error(reference: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        resolve.load_model(reference)
+
+
+def test_student_without_weights__says_what_to_do() -> None:
+    with pytest.raises(UsageError, match=r"no weights are shipped[\s\S]*distill"):
+        resolve.load_model(TINY)
+
+
+def test_other_file__is_no_model(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("x")
+    with pytest.raises(UsageError, match="this is no model"):
+        resolve.load_model(path)
+    assert resolve.teacher_of(path) is None
+
+
+def test_run__is_the_artifact_it_chose(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({"chosen": "a-64-onnx-fp32"}))
+    assert resolve.artifact_folder(tmp_path) == tmp_path / "artifacts/a-64-onnx-fp32"
+
+
+def test_run__that_chose_nothing_or_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({"chosen": None}))
+    with pytest.raises(UsageError, match="chose no candidate"):
+        resolve.artifact_folder(tmp_path)
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(EdgekdError, match="cannot be read"):
+        resolve.artifact_folder(tmp_path)
+
+
+def test_artifact__is_refused_where_weights_are_needed(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    assert resolve.artifact_folder(tmp_path) == resolve.artifact_folder(tmp_path / "manifest.json") == tmp_path
+    with pytest.raises(UsageError, match="exported artifact"):
+        resolve.load_torch(tmp_path)
