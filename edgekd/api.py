@@ -121,7 +121,7 @@ def export(*, model: str | Path, to: Sequence[str], output: Path, scheme: str = 
     source = resolve.load_torch(model)
     photos = _calibration_data(scheme, data)
     calibration = comparing.calibrate(source, photos, limit=32) if photos is not None else None
-    rows = []
+    rows: list[dict[str, Any]] = []
     for format in to:
         name = exporting.candidate_id(source.name, source.preprocess.image_size, format, scheme)
         console.log(f"export {name}")
@@ -149,8 +149,7 @@ def quantize(*, model: str | Path, scheme: str, format: str = "onnx", target: st
     return comparing.quantize(model, scheme=scheme, format=format, target=targets.resolve(target), data=data, output=Path(output), limit=limit)
 
 
-def profile(*, artifact: str | Path, target: str = "host", threads: int | None = None, warmup: int | None = None, repeats: int | None = None,
-            prompts: int = 1) -> dict[str, Any]:
+def profile(*, artifact: str | Path, target: str = "host", threads: int | None = None, warmup: int = 3, repeats: int = 30, prompts: int = 1) -> dict[str, Any]:
     """Latency, memory and size of an artifact on a device, with the circumstances."""
     from edgekd import resolve
     from edgekd.profiling import profile_artifact
@@ -159,8 +158,7 @@ def profile(*, artifact: str | Path, target: str = "host", threads: int | None =
     folder = resolve.artifact_folder(Path(artifact).expanduser())
     if folder is None:
         raise UsageError(f"there is no artifact at {artifact}", hint="name a folder that `edgekd export` or `edgekd compress` wrote")
-    options = {k: v for k, v in {"threads": threads, "warmup": warmup, "repeats": repeats}.items() if v is not None}
-    found = profile_artifact(folder, device, prompts=prompts, **options)
+    found = profile_artifact(folder, device, prompts=prompts, threads=threads, warmup=warmup, repeats=repeats)
     return {**found.model_dump(mode="json", by_alias=True, exclude_none=True), "transport": device.device.transport}
 
 

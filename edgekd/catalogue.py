@@ -15,8 +15,7 @@ Row = dict[str, Any]
 def teachers() -> list[Row]:
     from edgekd import teachers
 
-    describe = getattr(teachers, "describe", lambda name: {})
-    return [{"name": name, **describe(name)} for name in teachers.names()]
+    return [{"name": name, **teachers.describe(name)} for name in teachers.names()]
 
 
 def students() -> list[Row]:
@@ -26,11 +25,12 @@ def students() -> list[Row]:
 
 
 def models() -> list[Row]:
-    """Everything with weights or a way to get them: teachers, students and baselines."""
+    """Everything that can be named where a model is expected. The details of a student are counted on its network: `list students`."""
+    from edgekd import students
     from edgekd.tasks import baselines
 
-    rows = [{"kind": "teacher", **r} for r in teachers()] + [{"kind": "student", **r} for r in students()]
-    return [*rows, *({"kind": "baseline", "name": n} for n in baselines.names())]
+    rows = [{"name": r.pop("name"), "kind": "teacher", **r} for r in teachers()]
+    return [*rows, *({"name": n, "kind": "student"} for n in students.names()), *({"name": n, "kind": "baseline"} for n in baselines.names())]
 
 
 def targets() -> list[Row]:

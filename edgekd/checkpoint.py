@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from edgekd.models.sam import Sam
 
-SCHEMA = "edgekd.checkpoint/1"
+SCHEMA: Literal["edgekd.checkpoint/1"] = "edgekd.checkpoint/1"
 HEADER = "edgekd"
 SUFFIX = ".safetensors"
 

@@ -179,8 +179,8 @@ def export(
 @app.command()
 def profile(
     artifact: Annotated[str, typer.Argument(help="An artifact or run folder.")], target: TargetName = "host", threads: Threads = None,
-    warmup: Annotated[int | None, typer.Option("--warmup", help="Runs before the clock starts.")] = None,
-    repeats: Annotated[int | None, typer.Option("--repeats", help="Runs that are timed.")] = None,
+    warmup: Annotated[int, typer.Option("--warmup", help="Runs before the clock starts.")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs that are timed, at most.")] = 30,
     prompts: Annotated[int, typer.Option("--prompts", help="Prompts per image in one decoder call.")] = 1, json: Json = False,
 ) -> int:
     """Measure latency, memory and size on a device."""

@@ -5,15 +5,15 @@ A run is a folder. Whatever finished is in its ledger with a fingerprint of what
 """
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-from edgekd import __version__, checkpoint, console, plugins, recipe, report, target, teachers, trial
+from edgekd import __version__, checkpoint, console, plugins, recipe, report, students, target, teachers, trial
 from edgekd.checkpoint import weights_sha256
 from edgekd.data import Subset, open_data
 from edgekd.data.joined import Joined
@@ -121,9 +121,9 @@ def with_formats(options: CompressOptions) -> CompressOptions:
 
 
 def space(options: CompressOptions) -> list[Candidate]:
-    """Every candidate of the recipe that the target can run; refused schemes and formats are usage errors."""
+    """Every candidate of the recipe that the target can run; unknown students and refused schemes and formats are usage errors."""
     r = options.recipe
-    return candidates({s.name: s.image_sizes for s in r.students}, list(r.formats), list(r.quantization.schemes), runs=options.target.runs,
+    return candidates({str(students.parse(s.name)): s.image_sizes for s in r.students}, list(r.formats), list(r.quantization.schemes), runs=options.target.runs,
                       exports={name: e.schemes for name, e in plugins.exporters().items()}, target=options.target.name)
 
 
@@ -301,13 +301,13 @@ def assemble(run: Run, decision: Decision, started: str, seconds: float) -> Repo
              for n, c in profile.components.items()} if profile else {}
     about = schema.Teacher(name=teacher.name, params=sum(p.numel() for p in teacher.parameters()), image_size=teacher.preprocess.image_size,
                            size_bytes=profile.size_bytes if profile else None, accuracy=run.teacher_accuracy,
-                           latency_ms=profile.latency_ms if profile else None, components=parts)
+                           latency_ms=profile.latency_ms if profile else None, components=parts, licence=teachers.licence(teacher.name))
     circumstances = next(iter(run.profiles.values())).circumstances if run.profiles else Circumstances.capture()
     return Report(
         run=schema.Run(name=o.output.name, command=o.command, started=started, seconds=round(seconds, 1), version=__version__, recipe=o.recipe.name,
                        data=o.data),
         environment=circumstances.model_dump(mode="json", exclude_none=True),
-        target=schema.Target(name=o.target.name, device=o.target.description, transport=o.target.device.transport, threads=circumstances.threads),
+        target=schema.Target(name=o.target.name, device=o.target.description, transport=o.target.device.transport, threads=circumstances.threads or os.cpu_count()),
         budget=schema.BudgetRow(**o.recipe.budget.model_dump()), protocol=run.protocol, teacher=about, candidates=list(run.rows.values()),
         chosen=decision.chosen, verdict=decision.verdict, reason=decision.reason, nearest=decision.nearest, speedup=speedup(run, decision.chosen))
 
@@ -320,5 +320,5 @@ def speedup(run: Run, chosen: str | None) -> schema.Speedup | None:
     return schema.Speedup(
         value=teacher.latency_ms.p50 / best.latency_ms.p50, provenance="measured",
         encoder=teacher.components["encoder"].latency_ms.p50 / best.components["encoder"].latency_ms.p50,
-        baseline=f"{run.bench.teacher.name} in {run.recipe.formats[0]} {REFERENCE_SCHEME} on this machine, encoder and one decode, measured in turns with the candidates")
+        baseline=f"{run.bench.teacher.name} ({run.recipe.formats[0]} {REFERENCE_SCHEME}, this machine)")
 

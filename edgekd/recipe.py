@@ -18,7 +18,6 @@ from edgekd.config import Settings
 from edgekd.errors import UsageError
 
 Fraction = float
-PROTOCOLS = ("box", "center", "center_plus1", "center_plus2")
 REFERENCE_SCHEME = "fp32"
 
 
@@ -85,6 +84,8 @@ class Stage(Settings):
     precision: Literal["bf16", "fp32", "auto"] = "auto"
     seed: int = 0
     ema: float = Field(default=0.0, ge=0, lt=1)
+    frozen_norm: bool = False
+    """Keep the statistics of batch norms: a dozen photos in small batches would replace what thousands of images taught them."""
 
 
 class Quantization(Settings):
@@ -100,7 +101,6 @@ class EvaluationSection(Settings):
     data: str | None = None
     max_images: int = Field(default=16, ge=1)
     max_instances: int = Field(default=8, ge=1)
-    protocols: list[Literal["box", "center", "center_plus1", "center_plus2"]] = Field(default=list(PROTOCOLS), min_length=1)
 
 
 class ProfileSection(Settings):
@@ -150,7 +150,6 @@ class TrainSection(Settings):
     max_clicks: int = Field(default=2, ge=0)
     affinity: float = Field(default=0.5, ge=0)
     trunk_lr: float = Field(default=0.1, ge=0)
-    image_size: int = Field(default=256, ge=32)
     bf16: bool = True
     seed: int = 0
     workers: int = Field(default=1, ge=0)
@@ -168,7 +167,7 @@ class Recipe(Settings):
 
     name: str
     description: str = ""
-    task: str = "promptable_segmentation"
+    task: Literal["promptable_segmentation"] = "promptable_segmentation"
     teacher: str = "sam_nano"
     students: list[StudentSpace] = []
     data: DataSection = DataSection()
@@ -180,7 +179,6 @@ class Recipe(Settings):
     budget: Budget = Budget()
     search: SearchSection = SearchSection()
     train: TrainSection | None = None
-    seed: int = 0
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -25,7 +25,6 @@ class Device(Settings):
     transport: Transport
     how: str
     """What the user has to do, in a sentence."""
-    address: str | None = None
 
 
 class Support(Settings):
@@ -41,10 +40,9 @@ class Limits(Settings):
     """What a model may take there; None is not known."""
 
     memory_mb: float | None = Field(default=None, gt=0)
-    """Memory of the whole device, 10^6 bytes."""
+    """Memory of the whole device, 10^6 bytes, for information; the budget of a run decides."""
     image_sizes: list[int] = []
-    """Input sizes worth trying first."""
-    default_budget_ms: float | None = Field(default=None, gt=0)
+    """Input sizes worth trying, for whoever writes a recipe; the recipe decides."""
     threads: int | None = Field(default=None, ge=1)
 
 

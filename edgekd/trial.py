@@ -91,7 +91,7 @@ def _whole(folder: Path) -> bool:
 
 def _export(bench: Bench, row: CandidateRow, student: Sam, folder: Path) -> Result:
     photos = EncoderCalibration(bench.calibration, student.preprocess, limit=bench.recipe.quantization.calibration_images)
-    calibration = {"encoder": photos, "decoder": DecoderCalibration(photos, student)} if row.scheme.endswith("_static") else None
+    calibration: exporting.Calibration | None = {"encoder": photos, "decoder": DecoderCalibration(photos, student)} if row.scheme.endswith("_static") else None
     try:
         exporting.export_model(student, folder, format=row.format, scheme=row.scheme, name=row.id, teacher=bench.teacher.name, calibration=calibration,
                                threads=bench.threads, qdq=bench.target.qdq(row.format), gate=row.trained)

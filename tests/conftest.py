@@ -74,7 +74,7 @@ def make_photos(tmp_path: Path) -> Callable[..., Path]:
 def edgekd() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`edgekd("list", "recipes")` runs the command line in a process of its own."""
 
-    def run(*args: object, cwd: Path = ROOT, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(*args: object, cwd: Path = ROOT, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "edgekd", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=timeout, stdin=subprocess.DEVNULL, env={**os.environ, **env})
 

@@ -44,6 +44,20 @@ def latency(p50: float, n: int = 60, provenance: str = "measured") -> Latency:
     return Latency(p50=p50, p90=p50 * 1.06, p99=p50 * 1.19, mean=p50 * 1.015, min=p50 * 0.96, n=n, provenance=provenance)
 
 
+def row(id: str = "m-256-onnx-fp32", took: float | None = 4.0, box: float | None = 0.9, *, mb: float = 20.0, memory: float | None = None, trained: bool = True,
+        provenance: str = "measured", params: int | None = None, executed: str | None = None, **more: object) -> CandidateRow:
+    """One candidate by its id, measured and trained unless told otherwise."""
+    student, size, format, scheme = id.rsplit("-", 3)
+    fields = {
+        "id": id, "student": student, "image_size": int(size), "scheme": scheme, "format": format, "trained": trained, "params": params,
+        "parent": None if scheme == "fp32" else f"{student}-{size}-{format}-fp32", "size_bytes": round(mb * 1e6),
+        "peak_memory_bytes": None if memory is None else round(memory * 1e6),
+        "latency_ms": None if took is None else latency(took, provenance=provenance),
+        "accuracy": None if box is None else Accuracy(box_miou=box - 0.1, teacher_agreement=Agreement(box=box)),
+        "components": {"encoder": ComponentRow(executed_precision=executed), "decoder": ComponentRow(executed_precision=executed)}}
+    return CandidateRow.model_validate(fields | more)
+
+
 def rows() -> list[CandidateRow]:
     """The candidates before they are judged."""
     found = []

@@ -102,7 +102,7 @@ def test_open__nothing_there_or_rubbish(tmp_path: Path) -> None:
     with pytest.raises(EdgekdError, match="cannot be read"):
         open_cache(tmp_path)
     (tmp_path / "index.json").write_text(json.dumps({"schema": "edgekd.cache/9"}))
-    with pytest.raises(EdgekdError, match="edgekd.cache/9"):
+    with pytest.raises(EdgekdError, match=r"edgekd\.cache/9"):
         open_cache(tmp_path)
 
 

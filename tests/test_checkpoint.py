@@ -58,7 +58,7 @@ def test_flipped_bit__is_refused(saved: Path, at: float) -> None:
 def test_cut_short__is_refused(saved: Path, keep: float) -> None:
     data = saved.read_bytes()
     saved.write_bytes(data[: int(keep if keep > 1 else keep * len(data))])
-    with pytest.raises(EdgekdError, match="cannot be read|does not describe"):
+    with pytest.raises(EdgekdError, match=r"cannot be read|does not describe"):
         checkpoint.load(saved)
 
 
@@ -91,7 +91,7 @@ def test_load_into__names_what_does_not_fit(saved: Path) -> None:
     with pytest.raises(EdgekdError, match=r"do not fit .* is \(\d"):
         checkpoint.load_into(other, saved)
     wider = students.build("tinyvit_xs:width=0.25,depth=0.25", image_size=64, embed_dim=32)
-    with pytest.raises(EdgekdError, match="missing|unknown"):
+    with pytest.raises(EdgekdError, match=r"missing|unknown"):
         checkpoint.load_into(wider, saved)
 
 

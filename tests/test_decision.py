@@ -6,25 +6,12 @@ import re
 
 import pytest
 import report_sample as sample
-from report_sample import latency
+from report_sample import row
 
 from edgekd.decision import RULES, Rules, choose, floor, judge, ms, next_action, plan_verdicts, words
-from edgekd.report.schema import Accuracy, Agreement, BudgetRow, CandidateRow, ComponentRow
+from edgekd.report.schema import BudgetRow, CandidateRow, ComponentRow
 
 NONE = BudgetRow()
-
-
-def row(id: str = "m-256-onnx-fp32", took: float | None = 4.0, box: float | None = 0.9, *, mb: float = 20.0, memory: float | None = None, trained: bool = True,
-        provenance: str = "measured", params: int | None = None, executed: str | None = None, **more: object) -> CandidateRow:
-    student, size, format, scheme = id.rsplit("-", 3)
-    fields = {
-        "id": id, "student": student, "image_size": int(size), "scheme": scheme, "format": format, "trained": trained, "params": params,
-        "parent": None if scheme == "fp32" else f"{student}-{size}-{format}-fp32", "size_bytes": round(mb * 1e6),
-        "peak_memory_bytes": None if memory is None else round(memory * 1e6),
-        "latency_ms": None if took is None else latency(took, provenance=provenance),
-        "accuracy": None if box is None else Accuracy(box_miou=box - 0.1, teacher_agreement=Agreement(box=box)),
-        "components": {"encoder": ComponentRow(executed_precision=executed), "decoder": ComponentRow(executed_precision=executed)}}
-    return CandidateRow.model_validate(fields | more)
 
 
 def judged(*rows: CandidateRow, budget: BudgetRow = NONE, **more: object) -> dict[str, CandidateRow]:

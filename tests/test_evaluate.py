@@ -148,13 +148,14 @@ def test_unlabelled_data_is_refused_with_a_way_out() -> None:
 
 
 def test_the_document_states_its_protocol_and_is_json() -> None:
-    document = evaluate(Oracle(), Painted(), teacher=Oracle("t"), max_instances=2, seed=5).to_dict()
+    document = evaluate(Oracle(), Painted(), teacher=Oracle("t"), max_instances=2, seed=5, single_click_rule="iou").to_dict()
     again = json.loads(json.dumps(document))
     assert again["teacher_agreement"] == {"box": 1.0, "center": 1.0} and again["images"] == 3 and len(again["per_image"]) == 3
     protocol = again["protocol"]
     assert protocol["max_instances"] == 2 and protocol["seed"] == 5 and protocol["image_size"] == 64 and protocol["dataset"] == "painted"
     assert protocol["labels"] == "ground truth" and "predicted IoU" in protocol["mask"] and "original" not in protocol["data_fingerprint"]
-    assert "per_image" not in evaluate(Oracle(), Painted()).to_dict(per_image=False)
+    plain = evaluate(Oracle(), Painted()).to_dict(per_image=False)
+    assert "per_image" not in plain and plain["protocol"]["mask"].startswith("always mask 0")
 
 
 def test_progress_is_told_of_every_photo() -> None:

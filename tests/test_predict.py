@@ -31,7 +31,8 @@ def test_clicks_and_boxes_find_their_instance(model: object, truth: np.ndarray) 
     image = painted(truth)
     for prompt, k in (({"points": [(40, 30)]}, 0), ({"points": [(100, 75)]}, 1), ({"box": (16, 16, 64, 56)}, 0), ({"box": (120, 88, 72, 64)}, 1),
                       ({"points": [(40, 30), (100, 75)], "labels": [1, 0]}, 0)):
-        found = predict(model, image, **prompt)  # type: ignore[arg-type]
+        found = predict(model, image, **prompt, single_click_rule="iou")  # type: ignore[arg-type]
+        assert predict(model, image, **prompt).score == pytest.approx(0.1), "mask 0 unless told otherwise"  # type: ignore[arg-type]
         assert found.mask.shape == (96, 128) and found.mask.dtype == bool
         assert (found.mask & truth[k]).sum() / (found.mask | truth[k]).sum() > 0.9
         assert found.score == pytest.approx(0.9 if list(prompt) == ["points"] else 0.1)

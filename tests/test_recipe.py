@@ -100,15 +100,15 @@ def test_extends__merges_mappings_and_replaces_lists(tmp_path: Path) -> None:
 def test_extends__a_path_is_relative_to_the_file_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     write(tmp_path, MINIMAL, "base.yaml")
-    child = write(tmp_path / "a", "extends: ../base.yaml\nseed: 7\n")
+    child = write(tmp_path / "a", "extends: ../base.yaml\nteacher: t7\n")
     monkeypatch.chdir("/")
-    assert recipe.resolve(child).seed == 7
+    assert recipe.resolve(child).teacher == "t7"
 
 
 def test_extends__a_chain_works_and_a_cycle_is_refused(tmp_path: Path) -> None:
     write(tmp_path, MINIMAL, "one.yaml")
-    write(tmp_path, "extends: ./one.yaml\nseed: 1\n", "two.yaml")
-    assert recipe.resolve(write(tmp_path, "extends: ./two.yaml\nteacher: t\n", "three.yaml")).seed == 1
+    write(tmp_path, "extends: ./one.yaml\ndescription: d1\n", "two.yaml")
+    assert recipe.resolve(write(tmp_path, "extends: ./two.yaml\nteacher: t\n", "three.yaml")).description == "d1"
     write(tmp_path, "extends: ./three.yaml\n", "one.yaml")
     message = error(tmp_path / "three.yaml")
     assert "extends itself" in message and message.count("three.yaml") == 2
@@ -132,8 +132,8 @@ def test_set__values_are_yaml_and_lists_have_places(tmp_path: Path) -> None:
 
 
 def test_set__reaches_defaults_that_the_file_leaves_out(tmp_path: Path) -> None:
-    found = recipe.resolve(write(tmp_path, MINIMAL), ["students.0.image_sizes.0=192", "evaluation.protocols.0=center"])
-    assert found.students[0].image_sizes == [192] and found.evaluation.protocols[0] == "center"
+    found = recipe.resolve(write(tmp_path, MINIMAL), ["students.0.image_sizes.0=192", "stages.0.trainable.0=decoder"])
+    assert found.students[0].image_sizes == [192] and found.stages[0].trainable == ["decoder"]
 
 
 @pytest.mark.parametrize(("assignment", "said"), [
@@ -143,10 +143,10 @@ def test_set__reaches_defaults_that_the_file_leaves_out(tmp_path: Path) -> None:
     ("zzz=3", "known here: name,"),
     ("stages.5.lr=1", "'5' is not a place in a list of 1"),
     ("stages.first.lr=1", "'first' is not a place"),
-    ("seed.x=1", "nothing below a plain value"),
-    ("seed", "KEY=VALUE"),
+    ("teacher.x=1", "nothing below a plain value"),
+    ("teacher", "KEY=VALUE"),
     ("=1", "KEY=VALUE"),
-    ("seed=[", "not valid YAML"),
+    ("teacher=[", "not valid YAML"),
 ])
 def test_set__what_is_wrong_is_told(tmp_path: Path, assignment: str, said: str) -> None:
     assert said in error(write(tmp_path, MINIMAL), assignment)
@@ -186,7 +186,7 @@ def test_train_alone__is_a_recipe(tmp_path: Path) -> None:
 
 def test_recipe__cannot_be_changed() -> None:
     with pytest.raises(Exception, match="frozen"):
-        recipe.resolve("smoke").seed = 1  # type: ignore[misc]
+        recipe.resolve("smoke").teacher = "x"  # type: ignore[misc]
 
 
 # --- auto ----------------------------------------------------------------------------------------------------------

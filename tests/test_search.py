@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_decision import row
+from report_sample import row
 
 from edgekd.errors import UsageError
 from edgekd.search.proposer import rank

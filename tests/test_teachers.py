@@ -59,14 +59,14 @@ def test_load__folder_of_another_model(tmp_path: Path) -> None:
 def test_convert__a_key_too_many_is_named() -> None:
     library = reference(6)
     library.mask_decoder.register_parameter("surprise", torch.nn.Parameter(torch.zeros(1)))
-    with pytest.raises(EdgekdError, match="unknown mask_decoder.surprise"):
+    with pytest.raises(EdgekdError, match=r"unknown mask_decoder\.surprise"):
         huggingface.convert(library, "odd")
 
 
 def test_convert__a_shape_that_does_not_fit_is_named() -> None:
     library = reference(7)
     library.mask_decoder.iou_token = torch.nn.Embedding(1, 16)
-    with pytest.raises(EdgekdError, match="mask_decoder.iou_token.weight is"):
+    with pytest.raises(EdgekdError, match=r"mask_decoder\.iou_token\.weight is"):
         huggingface.convert(library, "odd")
 
 

@@ -104,7 +104,7 @@ def build_cache(teacher: Sam, dataset: Dataset, folder: Path, *, on_images: Call
         on_images: told how many more images are done.
     """
     folder = Path(folder)
-    index = {"schema": SCHEMA, "fingerprint": cache_fingerprint(teacher, dataset), "teacher": teacher.name, "dataset": dataset.name,
+    index: dict[str, Any] = {"schema": SCHEMA, "fingerprint": cache_fingerprint(teacher, dataset), "teacher": teacher.name, "dataset": dataset.name,
              "images": len(dataset), "preprocess": asdict(teacher.preprocess), "dtype": "float16", "shards": []}
     old = _reusable(folder, index["fingerprint"])
     made = 0

@@ -15,8 +15,8 @@ CELL = 4  # input pixels a side of one logit
 FEWEST_ERROR_CELLS = 1
 
 
-def pick_cell(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """weights (P, h, w) >= 0 -> xy (P, 2) in the S frame of one cell drawn in proportion; the centre cell where all are 0."""
+def pick_cell(weights: Tensor, generator: torch.Generator | None = None, side: int = CELL) -> Tensor:
+    """weights (P, h, w) >= 0 -> xy (P, 2) in the S frame of one cell of `side` pixels drawn in proportion; the centre cell where all are 0."""
     flat = weights.flatten(1).float()
     flat = torch.where(flat.sum(1, keepdim=True) > 0, flat, F.one_hot(torch.tensor(flat.shape[1] // 2), flat.shape[1]).to(flat))
     # inverse of the cumulative sum: one uniform number a row, cheaper on a CPU than torch.multinomial
@@ -24,7 +24,7 @@ def pick_cell(weights: Tensor, generator: torch.Generator | None = None) -> Tens
     uniform = torch.rand(len(flat), 1, generator=generator) * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=flat.shape[1] - 1)
     width = weights.shape[-1]
-    return torch.stack([index % width, index // width], dim=1) * CELL + (CELL / 2 - 0.5)
+    return torch.stack([index % width, index // width], dim=1) * side + (side / 2 - 0.5)
 
 
 def central_cell(masks: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -67,14 +67,14 @@ def first_prompts(masks: Tensor, low: Tensor, box_share: float, generator: torch
     return points, labels
 
 
-def error_click(prediction: Tensor, truth: Tensor, valid: Tensor | None = None, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def error_click(prediction: Tensor, truth: Tensor, valid: Tensor | None = None, generator: torch.Generator | None = None, side: int = CELL) -> tuple[Tensor, Tensor]:
     """prediction, truth (P, h, w) bool -> point (P, 1, 2), label (P, 1): uniform over the cells where they differ, positive
-    where the truth is 1; absent where fewer than FEWEST_ERROR_CELLS differ."""
+    where the truth is 1; absent where fewer than FEWEST_ERROR_CELLS differ. `side` is that of a cell in input pixels."""
     wrong = prediction ^ truth
     if valid is not None:
         wrong = wrong & valid
-    point = pick_cell(wrong, generator)
-    cell = ((point - (CELL / 2 - 0.5)) / CELL).round().long()
+    point = pick_cell(wrong, generator, side)
+    cell = ((point - (side / 2 - 0.5)) / side).round().long()
     positive = truth[torch.arange(len(truth)), cell[:, 1], cell[:, 0]]
     label = torch.where(positive, POSITIVE, NEGATIVE)
     label = torch.where(wrong.flatten(1).sum(1) < FEWEST_ERROR_CELLS, ABSENT, label)

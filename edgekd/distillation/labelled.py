@@ -67,7 +67,7 @@ def to_frame(image: np.ndarray, labels: np.ndarray, spec: Preprocess) -> tuple[T
     pixels = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BILINEAR), np.float32)
     index = Image.fromarray(np.ascontiguousarray(labels).astype(np.int32), mode="I").resize(size, Image.Resampling.NEAREST)
     frame, target = np.zeros((3, s, s), np.float32), np.full((s, s), -1, np.int16)
-    frame[:, : size[1], : size[0]] = ((pixels - np.float32(spec.mean)) / np.float32(spec.std)).transpose(2, 0, 1)
+    frame[:, : size[1], : size[0]] = ((pixels - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)).transpose(2, 0, 1)
     target[: size[1], : size[0]] = np.asarray(index)
     return torch.from_numpy(frame), torch.from_numpy(target)
 

@@ -22,7 +22,7 @@ from edgekd.distillation.losses import bce, dice, iou
 from edgekd.models.sam import Sam
 from edgekd.workspace import atomic_path
 
-SHARE_MASK_FEEDBACK, SHARE_BOX = 0.5, 0.5
+SHARE_MASK_FEEDBACK, SHARE_BOX = 0.25, 0.5
 
 
 class Affinity(nn.Module):
@@ -74,7 +74,10 @@ def prompt_rounds(model: Sam, embedding: Tensor, batch: LabelledBatch, rounds: i
             break
         with torch.no_grad():
             chosen = logits[torch.arange(len(logits)), quality.argmax(1)]
-            click, label = error_click(logits[:, 0] > 0, low, valid > 0, generator)
+            # drawn among pixels, not cells of the logits: what is left to correct is often a thin border
+            fine = F.interpolate(logits[:, :1], batch.masks.shape[-2:], mode="bilinear", align_corners=False).squeeze(1) > 0
+            inside = (batch.labels >= 0).repeat_interleave(len(fine) // len(batch.labels), 0)
+            click, label = error_click(fine, batch.masks, inside, generator, side=1)
             points, labels = torch.cat([points, click], 1), torch.cat([labels, label], 1)
             mask_input = chosen.unsqueeze(1).clamp(-20, 20)
             has_mask = (torch.rand(len(chosen), generator=generator) < SHARE_MASK_FEEDBACK).float()

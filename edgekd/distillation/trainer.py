@@ -138,6 +138,10 @@ class StageTrainer:
         self.resume()
         begun = saved = time.monotonic()
         self.student.train()
+        if self.stage.frozen_norm:
+            for module in self.student.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         while self.step < self.stage.steps:
             row = self.train_step()
             self.result.curve.append(row)

@@ -33,6 +33,8 @@ class DecoderShape:
 class PositionEmbedding(nn.Module):
     """Random Fourier features of positions in 0..1 (SAM uses a Gaussian of standard deviation 1)."""
 
+    positional_encoding_gaussian_matrix: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
@@ -78,8 +80,8 @@ class PromptEncoder(nn.Module):
         coords = torch.cat([coords, torch.zeros_like(coords[:, :1])], dim=1)
         code = self.pe_layer((coords + 0.5) / self.image_size)
         code = code * (labels >= 0).to(code).unsqueeze(-1)
-        for value, embedding in enumerate(self.point_embeddings):
-            code = code + (labels == value).to(code).unsqueeze(-1) * embedding.weight
+        for value, weight in enumerate(e.weight for e in self.point_embeddings if isinstance(e, nn.Embedding)):
+            code = code + (labels == value).to(code).unsqueeze(-1) * weight
         code = code + (labels == NOT_A_POINT).to(code).unsqueeze(-1) * self.not_a_point_embed.weight
         return code, (labels == ABSENT).to(code) * -1e4  # finite, so that fp16 and int8 runtimes keep it
 

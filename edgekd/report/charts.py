@@ -88,13 +88,13 @@ def tradeoff(report: Report, width: int, height: int, css: str = "") -> Markup:
     return _svg(width, height, title, [*parts, Markup('<text class="axis" x="8" y="10">{}</text>').format(words(metric))], css)
 
 
-def curve(found: Curve, width: int = 330, height: int = 170) -> Markup:
+def curve(found: Curve, width: int = 330, height: int = 184) -> Markup:
     """How one student learned: loss over steps, on a log scale when it fell far."""
     if len(found.steps) < 2:
         return Markup("")
     log = min(found.values) > 0 and max(found.values) > 8 * min(found.values)
     x = Axis(min(found.steps), max(max(found.steps), min(found.steps) + 1), 48, width - 10)
-    y = spread(found.values, height - 30, 12, log=log)
+    y = spread(found.values, height - 44, 12, log=log)
     path = " ".join(f"{'L' if i else 'M'}{x(s):.1f} {y(v):.1f}" for i, (s, v) in enumerate(zip(found.steps, found.values, strict=True)))
     end = (x(found.steps[-1]), y(found.values[-1]))
     parts = _grid(x, y, width, height, "steps", ticks=(4, 3))
@@ -131,7 +131,8 @@ def _budget(report: Report, x: Axis, y: Axis) -> list[Markup]:
     at = x(limit)
     return [Markup('<rect class="within" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(x.start, y.end, at - x.start, y.start - y.end),
             Markup('<line class="limit" x1="{v:.1f}" x2="{v:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(y.end, y.start, v=at),
-            Markup('<text class="axis" x="{:.1f}" y="{:.1f}" text-anchor="end">budget {:g} ms</text>').format(at - 6, y.start - 8, limit)]
+            Markup('<text class="axis" x="{:.1f}" y="{:.1f}" text-anchor="{}">budget {:g} ms</text>').format(
+                *((at + 6, y.start - 8, "start") if at - x.start < 100 else (at - 6, y.start - 8, "end")), limit)]
 
 
 def _steps(kept: Sequence[CandidateRow], metric: str, x: Axis, y: Axis) -> list[Markup]:
@@ -171,8 +172,8 @@ def _teacher(name: str, cx: float, cy: float, labels: _Labels) -> list[Markup]:
 
 
 def _names(kept: Sequence[CandidateRow], report: Report, x: Axis, y: Axis, labels: _Labels) -> list[Markup]:
-    """Names of the chosen one and of the front; the rest say theirs when pointed at."""
-    metric, best = report.budget.metric, report.best
+    """Names of the chosen (or nearest) one and of the front; the rest say theirs when pointed at."""
+    metric, best = report.budget.metric, report.shown
     named = ([best] if best and best.latency_ms and accuracy(best, metric) is not None else []) + [r for r in kept if r is not best]
     if labels.width < NARROW:
         named = named[:1]

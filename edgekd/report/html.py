@@ -134,7 +134,8 @@ def _size(size: int | None) -> Cell:
 def _scores(found: Accuracy | None, report: Report) -> Iterable[Cell]:
     for name in _scored(report):
         known = [(prompt, value) for metric, prompt in SCORES[name].items() if found and (value := found.value(metric)) is not None]
-        below = f"{known[1][0]} {' → '.join(f'{value:.2f}' for _, value in known[1:])}" if len(known) > 1 else ""
+        ends = dict.fromkeys((known[1], known[-1])) if len(known) > 1 else ()  # one click, and the most clicks
+        below = f"{known[1][0]} {' → '.join(f'{value:.2f}' for _, value in ends)}" if ends else ""
         yield Cell(f"{known[0][1]:.3f}", below, str(known[0][1]), "measured") if known else Cell(say.DASH)
 
 
@@ -155,14 +156,15 @@ def _has_memory(report: Report) -> bool:
 
 
 def bars(report: Report) -> list[Bar]:
-    """Where the time goes: the teacher, the float parent of what was chosen, and the chosen one. Empty without a split."""
-    best, t = report.best, report.teacher
+    """Where the time goes: the teacher, the float parent of what was chosen (or came nearest), and that one. Empty without a split."""
+    best, t = report.shown, report.teacher
     parent = report.row(best.parent) if best else None
     shown: list[tuple[str, str, Mapping[str, ComponentRow], Latency | None, bool]] = [(t.name, "teacher", t.components, t.latency_ms, True)]
     shown += [(f"{r.student} {r.scheme}", f"{r.format}, {r.image_size} px", r.components, r.latency_ms, r is parent) for r in (parent, best) if r]
     timed = [(name, detail, *split, other) for name, detail, parts, total, other in shown if (split := _split(parts, total))]
     longest = max((total for _, _, _, _, total, _ in timed), default=0.0)
-    return [Bar(name, detail, 100 * e / longest, 100 * d / longest, say.number_ms(total), f"{say.number_ms(e)} + {say.number_ms(d)}", other)
+    # A bar is as long as the total; the medians of the parts, timed on their own, only divide it.
+    return [Bar(name, detail, 100 * total / longest * e / (e + d), 100 * total / longest * d / (e + d), say.number_ms(total), f"{say.number_ms(e)} + {say.number_ms(d)}", other)
             for name, detail, e, d, total, other in timed] if len(timed) > 1 else []
 
 
@@ -170,7 +172,8 @@ def _split(parts: Mapping[str, ComponentRow], total: Latency | None) -> tuple[fl
     found = [parts[n].latency_ms for n in ("encoder", "decoder") if n in parts]
     if len(found) != 2 or found[0] is None or found[1] is None:
         return None
-    return found[0].p50, found[1].p50, total.p50 if total else found[0].p50 + found[1].p50
+    encoder, decoder = found[0].p50, found[1].p50
+    return encoder, decoder, total.p50 if total else encoder + decoder
 
 
 def pairs(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -224,6 +224,11 @@ class Report(_Row):
         """The chosen candidate's row."""
         return self.row(self.chosen)
 
+    @property
+    def shown(self) -> CandidateRow | None:
+        """The chosen candidate's row, or that of the nearest one when the budget was missed."""
+        return self.best or self.row(self.nearest.id if self.nearest else None)
+
     def row(self, id: str | None) -> CandidateRow | None:
         """The candidate with this id."""
         return next((c for c in self.candidates if c.id == id), None)

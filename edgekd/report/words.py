@@ -86,8 +86,7 @@ def headline(report: Report) -> str:
     best = report.best
     if best is None:
         asked = f" of {' and '.join(limits(report))}" if limits(report) else ""
-        nearest = f" {report.nearest.id} comes nearest." if report.nearest else ""
-        return f"No candidate meets the budget{asked}.{nearest}"
+        return f"No candidate meets the budget{asked}."
     took = f"segments a photo in {ms(best.latency_ms.p50)}" if best.latency_ms else "was built, but not timed,"
     if best.latency_ms and best.latency_ms.provenance != "measured":
         took = f"should take {ms(best.latency_ms.p50)} ({best.latency_ms.provenance})"

@@ -12,7 +12,7 @@ from edgekd.data.images import read_image
 from edgekd.data.prompts import Prompts
 from edgekd.errors import UsageError
 from edgekd.protocols import NEGATIVE, POSITIVE, Promptable
-from edgekd.tasks.predictor import Predictor, Rule, predictor
+from edgekd.tasks.predictor import DEFAULT_RULE, Predictor, Rule, predictor
 from edgekd.workspace import atomic_path
 
 Point = tuple[float, float]
@@ -28,7 +28,7 @@ class Prediction:
 
 
 def predict(model: Promptable | Predictor, image: np.ndarray, *, points: Sequence[Point] = (), labels: Sequence[int] | None = None,
-            box: Box | None = None, single_click_rule: Rule = "iou") -> Prediction:
+            box: Box | None = None, single_click_rule: Rule = DEFAULT_RULE) -> Prediction:
     """Segment what a prompt means.
 
     Args:
@@ -80,7 +80,7 @@ def save_mask(mask: np.ndarray, path: str | Path) -> Path:
 
 
 def predict_file(model: Promptable | Predictor, photo: str | Path, output: str | Path, *, points: Sequence[Point] = (),
-                 labels: Sequence[int] | None = None, box: Box | None = None, single_click_rule: Rule = "iou") -> Prediction:
+                 labels: Sequence[int] | None = None, box: Box | None = None, single_click_rule: Rule = DEFAULT_RULE) -> Prediction:
     """`predict` on a file: the mask has the size of the photo as it is shown (turned upright by its EXIF orientation).
 
     Raises:

@@ -19,6 +19,8 @@ from edgekd.data.prompts import Prompts
 from edgekd.protocols import Promptable
 
 Rule = Literal["iou", "first"]
+DEFAULT_RULE: Rule = "first"
+"""Measured with `sam_nano`: on one click mask 0 is 1 to 3 points of mIoU better than the best of 1..3 by predicted IoU."""
 THRESHOLD = 0.0
 """Mask logits above this are mask."""
 
@@ -63,7 +65,7 @@ def select(iou: np.ndarray, single_click: np.ndarray, rule: Rule = "iou") -> np.
 class ModelPredictor:
     """A `Promptable` behind the `Predictor` interface: preprocess, embed once, decode all prompts in one call, upsample."""
 
-    def __init__(self, model: Promptable, *, rule: Rule = "iou") -> None:
+    def __init__(self, model: Promptable, *, rule: Rule = DEFAULT_RULE) -> None:
         self.model, self.rule, self.name = model, rule, model.name
         self.image_size = model.preprocess.image_size
 
@@ -98,7 +100,7 @@ class Remembered:
     Embeds a photo only when an answer is missing. Keeps one bit a mask pixel in memory and no logits.
     """
 
-    def __init__(self, model: Promptable | Predictor, *, rule: Rule = "iou") -> None:
+    def __init__(self, model: Promptable | Predictor, *, rule: Rule = DEFAULT_RULE) -> None:
         self._inner = predictor(model, rule=rule)
         self.name = self._inner.name
         self._answers: dict[bytes, tuple[np.ndarray, tuple[int, ...], np.ndarray]] = {}
@@ -121,7 +123,7 @@ class Remembered:
         return Masks(np.unpackbits(bits, count=int(np.prod(shape))).reshape(shape).astype(bool), scores)
 
 
-def predictor(model: Promptable | Predictor, *, rule: Rule = "iou") -> Predictor:
+def predictor(model: Promptable | Predictor, *, rule: Rule = DEFAULT_RULE) -> Predictor:
     """Any model as a `Predictor`; one that is a predictor already stays what it is."""
     if isinstance(model, Predictor):
         return model

@@ -3,7 +3,7 @@
 Names: `box_miou` (the ground-truth box), `center_miou` (one click at the mask's innermost pixel), `center_plus1_miou` and
 `center_plus2_miou` (one and two more clicks, each drawn uniformly from the pixels the model got wrong),
 `teacher_agreement` (IoU with the teacher's mask on the same box, the same centre click). IoU at the photo's own
-resolution, mean over instances. The protocol is EdgeSAM's (arXiv 2312.06660, sec. 4), with SAM's choice of mask.
+resolution, mean over instances. The protocol is EdgeSAM's (arXiv 2312.06660, sec. 4), with its choice of mask too: always the first one.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgekd.data.prompts import Prompts, boxes_from_masks, center_clicks, error_
 from edgekd.errors import UsageError
 from edgekd.protocols import Dataset, Promptable, Sample
 from edgekd.tasks.metrics import bootstrap_interval, iou
-from edgekd.tasks.predictor import Masks, Predictor, Rule, predictor
+from edgekd.tasks.predictor import DEFAULT_RULE, Masks, Predictor, Rule, predictor
 
 MIN_AREA = 0.0005
 """Share of the photo below which an instance is left out: about 33 pixels of 256 x 256, two cells of the mask grid there."""
@@ -60,7 +60,7 @@ class Evaluation:
 
 
 def evaluate(model: Promptable | Predictor, dataset: Dataset, *, teacher: Promptable | Predictor | None = None,
-             max_instances: int | None = MAX_INSTANCES, min_area: float = MIN_AREA, seed: int = 0, single_click_rule: Rule = "iou",
+             max_instances: int | None = MAX_INSTANCES, min_area: float = MIN_AREA, seed: int = 0, single_click_rule: Rule = DEFAULT_RULE,
              feed_mask: bool = False, progress: Progress | None = None) -> Evaluation:
     """Ask a model every prompt of the protocol on every labelled photo of a dataset.
 
@@ -129,7 +129,8 @@ def _ask(student: Predictor, teacher: Predictor | None, sample: Sample, truth: n
 
 def _protocol(student: Predictor, teacher: Predictor | None, dataset: Dataset, **settings: Any) -> dict[str, Any]:
     """What somebody else needs to get the same numbers."""
-    rule = "of masks 1..3 the best by predicted IoU" if settings["single_click_rule"] == "iou" else "mask 0"
+    by_iou = settings["single_click_rule"] == "iou"
+    mask = "one click: of masks 1..3 the best by predicted IoU; otherwise mask 0" if by_iou else "always mask 0"
     return {
         "task": "promptable_segmentation",
         "dataset": dataset.name,
@@ -137,7 +138,7 @@ def _protocol(student: Predictor, teacher: Predictor | None, dataset: Dataset, *
         "labels": getattr(dataset, "labels", "ground truth"),
         "prompts": ["box: bounding box of the mask, on pixel edges", "center: one click at the maximum of the mask's distance transform",
                     "center_plus1, center_plus2: clicks added one by one, uniform over the wrong pixels"],
-        "mask": f"one click: {rule}; otherwise mask 0; logits > {0:g}",
+        "mask": f"{mask}; logits > 0",
         "metric": "IoU at the photo's own resolution, mean over instances; 95 % intervals by bootstrap over photos",
         "image_size": getattr(student, "image_size", None),
         "teacher": teacher.name if teacher is not None else None,

@@ -37,6 +37,13 @@ def describe(name: str) -> dict[str, Any]:
     return {"family": "plug-in"}
 
 
+def licence(name: str) -> str | None:
+    """The licence of a teacher's weights, as far as it is known here."""
+    if name == "sam_nano":
+        return "Apache-2.0; trained on procedural scenes and permissively licensed photos (see its model card)"
+    return "Apache-2.0, as Meta publishes SAM" if name in HUB or name.startswith("sam-vit-") else None
+
+
 def shipped(name: str) -> Path | None:
     """The weights that come with edgekd, if they do."""
     path = WEIGHTS / f"{name}{checkpoint.SUFFIX}"
