@@ -1,4 +1,5 @@
-"""Accuracy of the shipped teacher, students and the baselines, by the protocol of `edgekd evaluate`; JSON out.
+"""Accuracy of the shipped teacher, students and the baselines, by the protocol of `edgekd evaluate`; JSON out,
+and the table of the model card.
 
     python benchmarks/accuracy.py --output benchmarks/results/accuracy-2026-11-21.json
 
@@ -15,11 +16,13 @@ from typing import Any
 
 from edgekd import api
 from edgekd.measurement import Circumstances
-from edgekd.workspace import write_json
+from edgekd.workspace import write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT.parent / "shared/data"
 SCENES = "scenes:seed=77001,count=120"
+CARD = ROOT / "edgekd/teachers/weights/MODEL_CARD.md"
+BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
 MODELS = ("sam_nano", "repvit_s", "tinyvit_xs", "baseline/disc", "baseline/box_fill", "baseline/grabcut")
 
 
@@ -50,6 +53,18 @@ def floors(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for d, m, least in asked if (got := value("sam_nano", d, m)) is not None and least is not None]
 
 
+def card_table(document: dict[str, Any], source: str) -> str:
+    """The Markdown table of the model card."""
+    lines = ["| data | model | box | one click | + 1 | + 2 | agreement (box) | instances |", "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for row in document["rows"]:
+        agreement = (row.get("teacher_agreement") or {}).get("box")
+        numbers = [row[f"{m}_miou"] for m in ("box", "center", "center_plus1", "center_plus2")]
+        cells = [f"{v:.3f}" for v in numbers] + ["" if agreement is None else f"{agreement:.3f}"]
+        lines.append(f"| {row['data']} | {row['model']} | {' | '.join(cells)} | {row['instances']} |")
+    about = document["circumstances"]
+    return "\n".join([*lines, "", f"Mean IoU, measured on {about['device']}, {about['date'][:10]}, torch {about['versions']['torch']}. From `{source}`."])
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,6 +75,9 @@ def main() -> None:
     table = rows(given.models.split(","), given.limit)
     document = {"benchmark": "accuracy", "circumstances": Circumstances.capture().model_dump(mode="json"), "rows": table, "floors": floors(table)}
     write_json(given.output, document)
+    if given.limit is None:
+        head, rest = CARD.read_text().split(BEGIN)
+        write_atomic(CARD, f"{head}{BEGIN}\n{card_table(document, given.output.resolve().relative_to(ROOT).as_posix())}\n{END}{rest.split(END)[1]}")
     for row in document["floors"]:
         print(f"{row['data']} {row['metric']}: {row['measured']:.3f}, floor {row['floor']:.3f}, margin {row['margin']:+.3f}")
 

@@ -41,3 +41,9 @@ def unknown(kind: str, name: str, options: Iterable[str]) -> UsageError:
     near = closest(name, options)
     mean = f"did you mean '{near}'? " if near else ""
     return UsageError(f"unknown {kind} '{name}'", hint=f"{mean}{kind}s: {', '.join(options)}")
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, cut to what fits in a reason."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -115,6 +116,14 @@ class Availability:
     version: str | None = None
     reason: str | None = None
     fix: str | None = None
+
+
+def package_version(package: str) -> str | None:
+    """The installed version of a toolchain's package, or None; imports nothing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 class Exporter(Protocol):

@@ -18,12 +18,11 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import EdgekdError, UsageError, unknown
-from edgekd.protocols import Availability, Component
+from edgekd.errors import EdgekdError, UsageError, first_line, unknown
+from edgekd.protocols import Availability, Component, package_version
 from edgekd.workspace import atomic_path
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def _capture(component: Component) -> onnx.ModelProto:
             graph = onnxslim.slim(program.model_proto)
         onnx.checker.check_model(graph)
     except Exception as e:  # torch, onnxscript and onnxslim raise dozens of kinds: all mean that it cannot be captured
-        raise EdgekdError(f"the component cannot be captured as ONNX: {_first_line(e.__cause__ or e)}", where=component.name,
+        raise EdgekdError(f"the component cannot be captured as ONNX: {first_line(e.__cause__ or e)}", where=component.name,
                           hint="run with a module that torch.export accepts; `TORCH_LOGS=export` shows where it stopped") from e
     return graph
 
@@ -109,10 +108,10 @@ class OnnxExporter:
 
     def availability(self) -> Availability:
         """Whether onnx, onnxruntime, onnxscript and onnxslim are installed."""
-        missing = [p for p in ("onnx", "onnxruntime", "onnxscript", "onnxslim") if not _version(p)]
+        missing = [p for p in ("onnx", "onnxruntime", "onnxscript", "onnxslim") if not package_version(p)]
         if missing:
             return Availability(False, reason=f"not installed: {', '.join(missing)}", fix="pip install edgekd")
-        return Availability(True, version=f"onnxruntime {_version('onnxruntime')}")
+        return Availability(True, version=f"onnxruntime {package_version('onnxruntime')}")
 
     def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
         """Write the component as one `.onnx` file (see `edgekd.protocols.Exporter.export`)."""
@@ -182,7 +181,7 @@ class OnnxSession:
         try:
             return ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
         except Exception as e:  # onnxruntime's exceptions share no base class
-            raise EdgekdError(f"onnxruntime cannot open the file: {_first_line(e)}", where=self._path, hint="export the model again") from e
+            raise EdgekdError(f"onnxruntime cannot open the file: {first_line(e)}", where=self._path, hint="export the model again") from e
 
 
 def _quantize(graph: onnx.ModelProto, target: Path, component: Component, scheme: str, calibration: Any, qdq: str) -> None:
@@ -213,7 +212,7 @@ def _quantize(graph: onnx.ModelProto, target: Path, component: Component, scheme
     except EdgekdError:
         raise
     except Exception as e:  # the quantizer raises ValueError, RuntimeError, KeyError and onnxruntime's own
-        raise EdgekdError(f"onnxruntime cannot quantize the component: {_first_line(e)}", where=component.name, hint="use fp32") from e
+        raise EdgekdError(f"onnxruntime cannot quantize the component: {first_line(e)}", where=component.name, hint="use fp32") from e
     written = Counter(n.op_type for n in onnx.load(target).graph.node)
     if not (written["QuantizeLinear"] or written["DynamicQuantizeLinear"]):
         raise EdgekdError("the quantizer left every operator in float", where=component.name, hint="use fp32")
@@ -266,18 +265,6 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in before:
                 logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 exporter = OnnxExporter()

@@ -15,12 +15,11 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import EdgekdError, UsageError, unknown
-from edgekd.protocols import Availability, Component
+from edgekd.errors import EdgekdError, UsageError, first_line, unknown
+from edgekd.protocols import Availability, Component, package_version
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,10 +40,10 @@ class OpenVinoExporter:
 
     def availability(self) -> Availability:
         """Whether openvino and nncf are installed."""
-        missing = [p for p in ("openvino", "nncf") if not _version(p)]
+        missing = [p for p in ("openvino", "nncf") if not package_version(p)]
         if missing:
             return Availability(False, reason=f"not installed: {', '.join(missing)}", fix=FIX)
-        return Availability(True, version=f"openvino {_version('openvino')}")
+        return Availability(True, version=f"openvino {package_version('openvino')}")
 
     def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
         """Write `path` and the `.bin` beside it (see `edgekd.protocols.Exporter.export`). OpenVINO picks its own QDQ style."""
@@ -81,7 +80,7 @@ class OpenVinoSession:
         try:
             self._compiled = ov.Core().compile_model(str(path), "CPU", config)
         except RuntimeError as e:
-            raise EdgekdError(f"OpenVINO cannot open the file: {_first_line(e)}", where=path, hint="export the model again") from e
+            raise EdgekdError(f"OpenVINO cannot open the file: {first_line(e)}", where=path, hint="export the model again") from e
         self._request = self._compiled.create_infer_request()
         self._inputs = [i.any_name for i in self._compiled.inputs]
         self._outputs = [o.any_name for o in self._compiled.outputs]
@@ -123,7 +122,7 @@ def _read(component: Component, folder: Path) -> Any:
     try:
         return _openvino().Core().read_model(str(file))
     except RuntimeError as e:
-        raise EdgekdError(f"OpenVINO cannot read the component: {_first_line(e)}", where=component.name) from e
+        raise EdgekdError(f"OpenVINO cannot read the component: {first_line(e)}", where=component.name) from e
 
 
 def _quantize(model: Any, component: Component, calibration: Any) -> Any:
@@ -140,7 +139,7 @@ def _quantize(model: Any, component: Component, calibration: Any) -> Any:
                 model_type=nncf.ModelType.TRANSFORMER if "Softmax" in kinds else None,
                 ignored_scope=nncf.IgnoredScope(names=varying) if varying else None)
         except Exception as e:  # nncf raises its own kinds and openvino's RuntimeError
-            raise EdgekdError(f"NNCF cannot quantize the component: {_first_line(e)}", where=component.name, hint="use fp32 or bf16") from e
+            raise EdgekdError(f"NNCF cannot quantize the component: {first_line(e)}", where=component.name, hint="use fp32 or bf16") from e
 
 
 def _varies(op: Any) -> bool:
@@ -191,18 +190,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 exporter = OpenVinoExporter()

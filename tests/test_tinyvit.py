@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import bf16_steps_learn
 from torch import nn
 
 from edgekd.models.blocks import from_windows, to_windows
@@ -120,20 +121,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 def test_bf16_channels_last_step_learns() -> None:
     torch.manual_seed(0)
-    model = TinyViT(TINY, 32).train().to(memory_format=torch.channels_last)
-    images = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-    wanted = torch.randn(4, 32, 4, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(12):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = model(images)
-        loss = (out.float() - wanted).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] * 0.9
+    bf16_steps_learn(TinyViT(TINY, 32))
 
 
 def test_attention_maps_stay_in_bf16_under_autocast() -> None:

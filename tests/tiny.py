@@ -103,3 +103,22 @@ def fake_artifact(folder: Path, **changed: Any) -> Manifest:
     manifest = Manifest(**(values | changed))
     manifest.save(folder)
     return manifest
+
+
+def bf16_steps_learn(encoder: nn.Module) -> None:
+    """Twelve training steps as the engine makes them (bf16 autocast, channels_last) bring the loss down and leave the weights in fp32."""
+    encoder = encoder.train().to(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    wanted = torch.randn(4, 32, 4, 4)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = encoder(images)
+        loss = (out.float() - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] * 0.9
+    assert all(p.dtype == torch.float32 for p in encoder.parameters())
