@@ -81,6 +81,8 @@ class Stage(Settings):
     """Prompted masks per image, at most."""
     decode_iters: int = Field(default=1, ge=0)
     """Corrective clicks after the first prompt."""
+    mask_feedback: Fraction = Field(default=0.5, ge=0, le=1)
+    """Share of the prompts that carry the last answer as a mask prompt along with the next click, as SAM's do (EdgeSAM's never do)."""
     precision: Literal["bf16", "fp32", "auto"] = "auto"
     seed: int = 0
     ema: float = Field(default=0.0, ge=0, lt=1)

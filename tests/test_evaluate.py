@@ -67,13 +67,15 @@ def test_one_embedding_a_photo_and_one_decode_a_step() -> None:
     evaluate(model, Painted(count=2, instances=3), teacher=teacher)
     assert (model.embeds, model.decodes) == (2, 2 * 4)
     assert (teacher.embeds, teacher.decodes) == (2, 2 * 2)
-    assert not any(model.fed)
+    assert not any(teacher.fed)
 
 
-def test_masks_are_fed_back_only_when_asked() -> None:
+@pytest.mark.parametrize(("more", "fed"), [({}, [False, False, True, True]), ({"feed_mask": False}, [False] * 4)], ids=["SAM's", "EdgeSAM's"])
+def test_the_last_answer_goes_with_further_clicks(more: dict[str, bool], fed: list[bool]) -> None:
     model = Oracle()
-    evaluate(model, Painted(count=1), feed_mask=True)
-    assert model.fed == [False, False, True, True]
+    document = evaluate(model, Painted(count=1), **more).to_dict()  # type: ignore[arg-type]
+    assert model.fed == fed
+    assert any("mask prompt" in p for p in document["protocol"]["prompts"]) == any(fed)
 
 
 class _Noisy(Oracle):

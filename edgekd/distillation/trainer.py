@@ -82,11 +82,12 @@ class StageTrainer:
         valid = batch.valid.squeeze(1).repeat_interleave(self.stage.instances, 0)
         context = Context(batch.valid, valid, single=labels[:, 0] == 1)
         scale = self.teacher.preprocess.image_size / self.student.preprocess.image_size
-        losses = []
+        losses: list[Tensor] = []
+        last = has_last = None
         for round_ in range(self.stage.decode_iters + 1):
             with torch.no_grad():
-                target, quality = self.teacher.decode(theirs.embedding, (points + 0.5) * scale - 0.5, labels)
-            logits, predicted = self.student.decode(ours.embedding, points, labels)
+                target, quality = self.teacher.decode(theirs.embedding, (points + 0.5) * scale - 0.5, labels, resized(last, scale), has_last)
+            logits, predicted = self.student.decode(ours.embedding, points, labels, last, has_last)
             ours, theirs = Outputs(ours.embedding, logits, predicted), Outputs(theirs.embedding, target, quality)
             losses.append(sum((w * o(ours, theirs, context).mean() for w, o in self.objectives if o.needs != {"embedding"}), logits.new_zeros(())))
             if round_ < self.stage.decode_iters:
@@ -94,7 +95,9 @@ class StageTrainer:
                 best = torch.where(context.single, 1 + quality[:, 1:].argmax(1), 0) if context.single is not None else quality.argmax(1)
                 every = torch.arange(len(best))
                 truth = nn.functional.interpolate(target.float()[every, best].unsqueeze(1), logits.shape[-2:], mode="bilinear", align_corners=False).squeeze(1) > 0
-                click, label = error_click(logits.detach()[every, best] > 0, truth, valid > 0, generator)
+                answer = logits.detach().float()[every, best]
+                click, label = error_click(answer > 0, truth, valid > 0, generator)
+                last, has_last = answer.unsqueeze(1).clamp(-20, 20), (torch.rand(len(answer), generator=generator) < self.stage.mask_feedback).float()
                 points, labels = torch.cat([points, click], 1), torch.cat([labels, label], 1)
         return torch.stack(losses).mean()
 
@@ -184,6 +187,13 @@ class StageTrainer:
             objective.load_state_dict(saved)
         self.average, self.step = state["average"], state["step"]
         self.result.curve, self.result.bad_steps = state["curve"], state["bad_steps"]
+
+
+def resized(mask: Tensor | None, scale: float) -> Tensor | None:
+    """A mask prompt (P, 1, h, w) at the resolution of a model whose input is `scale` times as large."""
+    if mask is None or scale == 1:
+        return mask
+    return nn.functional.interpolate(mask, [round(side * scale) for side in mask.shape[-2:]], mode="bilinear", align_corners=False)
 
 
 def _fast_bf16() -> bool:

@@ -3,7 +3,8 @@
 Names: `box_miou` (the ground-truth box), `center_miou` (one click at the mask's innermost pixel), `center_plus1_miou` and
 `center_plus2_miou` (one and two more clicks, each drawn uniformly from the pixels the model got wrong),
 `teacher_agreement` (IoU with the teacher's mask on the same box, the same centre click). IoU at the photo's own
-resolution, mean over instances. The protocol is EdgeSAM's (arXiv 2312.06660, sec. 4), with its choice of mask too: always the first one.
+resolution, mean over instances. Prompts and choice of mask are EdgeSAM's (arXiv 2312.06660, sec. 4: always the first mask); further
+clicks carry the last answer as a mask prompt, as SAM's do (arXiv 2304.02643, App. A).
 """
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ class Evaluation:
 
 def evaluate(model: Promptable | Predictor, dataset: Dataset, *, teacher: Promptable | Predictor | None = None,
              max_instances: int | None = MAX_INSTANCES, min_area: float = MIN_AREA, seed: int = 0, single_click_rule: Rule = DEFAULT_RULE,
-             feed_mask: bool = False, progress: Progress | None = None) -> Evaluation:
+             feed_mask: bool = True, progress: Progress | None = None) -> Evaluation:
     """Ask a model every prompt of the protocol on every labelled photo of a dataset.
 
     Each photo is encoded once and each step decodes all its instances in one call.
@@ -72,7 +73,8 @@ def evaluate(model: Promptable | Predictor, dataset: Dataset, *, teacher: Prompt
             dataset asks the same questions (None: all).
         min_area: leave out instances below this share of the photo.
         single_click_rule: see `edgekd.tasks.predictor.select`.
-        feed_mask: give the logits of the last answer along with the next click (SAM does, EdgeSAM's evaluation does not).
+        feed_mask: give the logits of the last answer along with the next click, as SAM does (arXiv 2304.02643, App. A); EdgeSAM's
+            evaluation does not.
 
     Raises:
         UsageError: the dataset has no masks.
@@ -137,7 +139,8 @@ def _protocol(student: Predictor, teacher: Predictor | None, dataset: Dataset, *
         "data_fingerprint": dataset.fingerprint(),
         "labels": getattr(dataset, "labels", "ground truth"),
         "prompts": ["box: bounding box of the mask, on pixel edges", "center: one click at the maximum of the mask's distance transform",
-                    "center_plus1, center_plus2: clicks added one by one, uniform over the wrong pixels"],
+                    "center_plus1, center_plus2: clicks added one by one, uniform over the wrong pixels"
+                    + (", with the last answer as a mask prompt" if settings["feed_mask"] else "")],
         "mask": f"{mask}; logits > 0",
         "metric": "IoU at the photo's own resolution, mean over instances; 95 % intervals by bootstrap over photos",
         "image_size": getattr(student, "image_size", None),
