@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from edgekd import api
+from edgekd import api, students
 from edgekd.measurement import Circumstances
 from edgekd.workspace import write_atomic, write_json
 
@@ -23,7 +23,7 @@ PACK = ROOT.parent / "shared/data"
 SCENES = "scenes:seed=77001,count=120"
 CARD = ROOT / "edgekd/teachers/weights/MODEL_CARD.md"
 BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
-MODELS = ("sam_nano", "repvit_s", "tinyvit_xs", "baseline/disc", "baseline/box_fill", "baseline/grabcut")
+MODELS = ("sam_nano", "repvit_s", "baseline/disc", "baseline/box_fill", "baseline/grabcut")
 
 
 def rows(models: list[str], limit: int | None) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def rows(models: list[str], limit: int | None) -> list[dict[str, Any]]:
     found = []
     for spec, split in data:
         for model in models:
-            teacher = "sam_nano" if model in ("repvit_s", "tinyvit_xs") else None
+            teacher = "sam_nano" if model in students.names() else None
             document = api.evaluate(model=model, data=spec, split=split, teacher=teacher, limit=limit).to_dict(per_image=False)
             name = spec if spec.startswith("scenes") else f"{Path(spec).name} {split}"
             found.append({"model": model, "data": name, "provenance": "measured", **{k: v for k, v in document.items() if k != "model"}})
