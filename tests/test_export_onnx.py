@@ -34,7 +34,7 @@ def test_availability_names_the_version():
 
 
 def test_missing_packages_are_named_with_the_fix(monkeypatch):
-    monkeypatch.setattr(export_onnx, "_version", lambda name: None if name == "onnxslim" else "1")
+    monkeypatch.setattr(export_onnx, "package_version", lambda name: None if name == "onnxslim" else "1")
     found = exporter.availability()
     assert not found.ok and "onnxslim" in (found.reason or "") and found.fix == "pip install edgekd"
 

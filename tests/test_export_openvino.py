@@ -30,7 +30,7 @@ def test_availability_names_the_version():
 
 
 def test_missing_openvino_is_told_with_the_command_that_mends_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(export_openvino, "_version", lambda name: None)
+    monkeypatch.setattr(export_openvino, "package_version", lambda name: None)
     found = exporter.availability()
     assert not found.ok and "openvino" in (found.reason or "") and found.fix == 'pip install "edgekd[openvino]"'
     real = builtins.__import__
