@@ -44,8 +44,8 @@ class Comparison:
             return "rejected", f"it loses {self.miou_drop:.3f} of mask IoU to fp32, more than {RULES.parent_drop:g}"
         if self.latency_ratio is None:
             return "unverified", f"{self.size_ratio:.2f} of the size; its latency cannot be measured from here"
-        if self.latency_ratio > 1 + RULES.slower:
-            return "rejected", f"it is slower than fp32: {self.latency_ratio:.2f} of its time on this machine"
+        if self.latency_ratio > 1 - RULES.faster:
+            return "rejected", f"it is not faster than fp32: {self.latency_ratio:.2f} of its time on this machine"
         return "accepted", f"{self.latency_ratio:.2f} of fp32's time and {self.size_ratio:.2f} of its size"
 
 

@@ -4,7 +4,7 @@
 loop does next. The rules, in the order in which a candidate meets them:
 
 1. it was built, and equals the student it came from (or it *failed*);
-2. the runtime executes the precision that was asked for, and it is not slower than its float parent (same student, size, format);
+2. the runtime executes the precision that was asked for, and it is faster than its float parent (same student, size, format);
 3. it is faster than its teacher;
 4. it keeps to the budget: latency (p50 of all parts together), size, memory;
 5. it loses little accuracy to its parent, and keeps to the accuracy floor.
@@ -46,8 +46,8 @@ class Budget(Protocol):
 class Rules:
     """The margins of the decision; the report states them."""
 
-    slower: float = 0.05
-    """A candidate may be this much slower than its parent: two measurements of one thing differ by about as much."""
+    faster: float = 0.02
+    """A reduced precision must be faster than its parent by at least this much, unless its size is what the budget asks for."""
     parent_drop: float = 0.02
     """Accuracy that a scheme may lose to its parent."""
     same_accuracy: float = 0.002
@@ -126,7 +126,7 @@ def _judge_one(row: CandidateRow, parent: CandidateRow | None, budget: Budget, l
               if (c.parity or {}).get("passed") is False]
     if broken:
         return row.turned("failed", "; ".join(broken), "export")
-    found: list[tuple[Stage, str]] = [("profile", r) for r in (*_fell_back(row), *_slower(row, parent, teacher_ms, rules),
+    found: list[tuple[Stage, str]] = [("profile", r) for r in (*_fell_back(row), *_slower(row, parent, teacher_ms, rules, for_size=budget.size_mb is not None),
                                                                *_over_budget(row, budget))]
     if row.accuracy is None and not row.trained:
         found = found or [("train", "not trained: the loop stopped before it")]
@@ -144,15 +144,16 @@ def _fell_back(row: CandidateRow) -> list[str]:
     return [f"asked for {row.scheme}, the runtime executed fp32" + (f" ({notes[0]})" if notes else "")]
 
 
-def _slower(row: CandidateRow, parent: CandidateRow | None, teacher_ms: float | None, rules: Rules) -> list[str]:
+def _slower(row: CandidateRow, parent: CandidateRow | None, teacher_ms: float | None, rules: Rules, *, for_size: bool) -> list[str]:
     if row.latency_ms is None:
         return []
     reasons, took = [], row.latency_ms.p50
     # A measured latency is never held against a predicted one.
     if parent and parent.latency_ms and parent.latency_ms.provenance == row.latency_ms.provenance:
         other = parent.latency_ms.p50
-        if took > other * (1 + rules.slower):
-            reasons.append(f"{row.scheme} took {ms(took)}, its {parent.scheme} parent {ms(other)} ({took / other:.2f}x slower)")
+        if took > other * (1 - rules.faster) and not for_size:
+            how = f"({took / other:.2f}x slower)" if took > other else f"(no faster: {rules.faster:.0%} is asked)"
+            reasons.append(f"{row.scheme} took {ms(took)}, its {parent.scheme} parent {ms(other)} {how}")
     if teacher_ms is not None and row.latency_ms.provenance == "measured" and took >= teacher_ms:
         reasons.append(f"{ms(took)} is no faster than the teacher's {ms(teacher_ms)}")
     return reasons

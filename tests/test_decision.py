@@ -32,9 +32,15 @@ def test_judge__rejects_slower_than_float_parent_with_both_numbers() -> None:
     assert found.reason == "w8a8_static took 6.10 ms, its fp32 parent 3.90 ms (1.56x slower)"
 
 
-@pytest.mark.parametrize(("took", "status"), [(3.0, "accepted"), (4.0, "accepted"), (4.19, "accepted"), (4.21, "rejected"), (9.0, "rejected")])
-def test_judge__slower_within_noise_is_no_reason(took: float, status: str) -> None:
+@pytest.mark.parametrize(("took", "status"), [(3.0, "accepted"), (3.91, "accepted"), (3.93, "rejected"), (4.0, "rejected"), (9.0, "rejected")])
+def test_judge__a_reduced_precision_must_be_faster(took: float, status: str) -> None:
     assert judged(row(took=4.0), row("m-256-onnx-w8_dynamic", took=took))["m-256-onnx-w8_dynamic"].status == status
+
+
+def test_judge__a_size_budget_is_a_reason_for_a_precision_that_is_no_faster() -> None:
+    rows = [row(took=4.0), row("m-256-onnx-w8_dynamic", took=4.0)]
+    assert judged(*rows)["m-256-onnx-w8_dynamic"].reason.endswith("(no faster: 2% is asked)")
+    assert judged(*rows, budget=BudgetRow(size_mb=100.0))["m-256-onnx-w8_dynamic"].status == "accepted"
 
 
 def test_judge__parent_is_of_same_student_size_and_format() -> None:
@@ -78,7 +84,7 @@ def test_judge__rejects_accuracy_lost_to_parent() -> None:
 
 
 def test_judge__accepts_a_small_loss_and_any_gain() -> None:
-    found = judged(row(box=0.90), row("m-256-onnx-bf16", box=0.885), row("m-256-onnx-w8_dynamic", box=0.95))
+    found = judged(row(box=0.90), row("m-256-onnx-bf16", took=1.0, box=0.885), row("m-256-onnx-w8_dynamic", took=1.0, box=0.95))
     assert all(r.status == "accepted" for r in found.values())
 
 
@@ -394,12 +400,12 @@ def test_property__nothing_accepted_is_slower_than_its_float_parent(seed: int) -
     for r in found.values():
         parent = found.get(r.parent or "")
         if r.status == "accepted" and parent and parent.latency_ms and r.latency_ms and parent.latency_ms.provenance == r.latency_ms.provenance:
-            assert r.latency_ms.p50 <= (1 + RULES.slower) * parent.latency_ms.p50
+            assert r.latency_ms.p50 <= (1 - RULES.faster) * parent.latency_ms.p50 or budget.size_mb is not None
 
 
 def test_rules__can_be_given() -> None:
     rows = [row(took=4.0), row("m-256-onnx-bf16", took=5.0)]
-    assert judge(rows, NONE, rules=Rules(slower=0.5))[1].status == "accepted"
+    assert judge(rows, NONE, rules=Rules(faster=-0.5))[1].status == "accepted"
 
 
 # --- words --------------------------------------------------------------------------------------------------------------
