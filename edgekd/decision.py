@@ -46,8 +46,9 @@ class Budget(Protocol):
 class Rules:
     """The margins of the decision; the report states them."""
 
-    faster: float = 0.02
-    """A reduced precision must be faster than its parent by at least this much, unless its size is what the budget asks for."""
+    faster: float = 0.05
+    """A reduced precision must be faster than its parent by at least this much (two measurements of one thing differ by about as
+    much), unless its size is what the budget asks for."""
     parent_drop: float = 0.02
     """Accuracy that a scheme may lose to its parent."""
     same_accuracy: float = 0.002
