@@ -16,8 +16,8 @@ from edgekd.recipe import Recipe
 from edgekd.search.space import Candidate
 from edgekd.target import Target
 
-TRAINING_GMACS_PER_SECOND = 12.0
-"""Of a distillation step on 2 cores with AMX (forward and backward of small students), from benchmarks/results/demo-*.json."""
+TRAINING_GMACS_PER_SECOND = 25.0
+"""Of a distillation step, forward and backward: repvit_s took 27 s for 40 + 20 steps of the demo on 2 cores with bf16, 2026-11-21."""
 ARTIFACT_SECONDS = 5.0
 TEACHER_FLOPS_SECONDS = 0.08  # one image of a 10 M parameter teacher at 256 px
 BASE_MEMORY = 1.2e9
