@@ -72,15 +72,6 @@ def test_links_lead_somewhere() -> None:
             assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
-def test_demo_table__is_that_of_the_newest_result() -> None:
-    if not list((ROOT / "benchmarks/results").glob("demo-*.json")):
-        pytest.skip("no demo result is committed yet")
-    import sys
-
-    done = subprocess.run([sys.executable, "benchmarks/readme_table.py", "--check"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S))
 def test_contributing__its_code_is_code(block: str) -> None:
     compile(block, "CONTRIBUTING.md", "exec")
