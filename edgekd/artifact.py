@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from edgekd.errors import EdgekdError
+from edgekd.protocols import Preprocess
 from edgekd.workspace import sha256, write_json
 
 SCHEMA: Final = "edgekd.artifact/1"
@@ -62,12 +63,25 @@ class ArtifactComponent(_Model):
 
 
 class PreprocessSpec(_Model):
-    """Photo -> input: long side to `image_size`, normalise (RGB in 0..255), pad right and bottom."""
+    """Photo -> input: long side to `image_size`, normalise (RGB in 0..255), pad right and bottom; or stretched to fill the square.
+
+    Points, boxes and masks are in a square of `prompt_size`, which is `image_size` when it is null."""
 
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    pad: Literal["right_bottom_zero"] = "right_bottom_zero"
+    pad: Literal["right_bottom_zero", "stretch"] = "right_bottom_zero"
+    prompt_size: int | None = None
+
+    @classmethod
+    def of(cls, spec: Preprocess) -> PreprocessSpec:
+        """What the manifest says of a model's preprocessing."""
+        return cls(image_size=spec.image_size, mean=spec.mean, std=spec.std, prompt_size=spec.prompt_size,
+                   pad="stretch" if spec.fit == "stretch" else "right_bottom_zero")
+
+    def to_preprocess(self) -> Preprocess:
+        """The way back."""
+        return Preprocess(self.image_size, self.mean, self.std, "stretch" if self.pad == "stretch" else "pad", self.prompt_size)
 
 
 class Manifest(_Model):

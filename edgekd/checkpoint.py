@@ -38,6 +38,8 @@ class Meta(BaseModel):
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    fit: Literal["pad", "stretch"] = "pad"
+    prompt_size: int | None = None
     shape: dict[str, int]
     """Sizes of the prompt encoder and mask decoder (`edgekd.models.sam.DecoderShape`)."""
     digest: str
@@ -52,8 +54,8 @@ def save(model: Sam, path: Path, *, kind: Literal["student", "teacher"] = "stude
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     spec = model.preprocess
-    meta = Meta(kind=kind, name=model.name, teacher=teacher, image_size=spec.image_size, mean=spec.mean, std=spec.std,
-                shape=asdict(model.shape), digest=digest(tensors), history=history or {})
+    meta = Meta(kind=kind, name=model.name, teacher=teacher, image_size=spec.image_size, mean=spec.mean, std=spec.std, fit=spec.fit,
+                prompt_size=spec.prompt_size, shape=asdict(model.shape), digest=digest(tensors), history=history or {})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temp:
@@ -141,7 +143,7 @@ def _build(meta: Meta) -> Sam:
     from edgekd.models.sam import DecoderShape
     from edgekd.protocols import Preprocess
 
-    preprocess = Preprocess(meta.image_size, meta.mean, meta.std)
+    preprocess = Preprocess(meta.image_size, meta.mean, meta.std, meta.fit, meta.prompt_size)
     if meta.kind == "teacher":
         from edgekd import teachers
 

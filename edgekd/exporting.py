@@ -79,7 +79,7 @@ def export_model(
         manifest = Manifest(
             id=name or candidate_id(model.name, size, format, scheme), student=model.name, teacher=teacher, image_size=size,
             embed_dim=model.embed_dim, format=format, scheme=scheme, components=parts, files=describe_files(staging, files),
-            preprocess=PreprocessSpec(image_size=size, mean=model.preprocess.mean, std=model.preprocess.std), versions=installed(),
+            preprocess=PreprocessSpec.of(model.preprocess), versions=installed(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"), source_sha256=weights_sha256(model),
             checked=f"ran here ({cpu()[0]}, {exporter.availability().version}): parity on {', '.join(KINDS)} prompts, {', '.join(map(str, COUNTS))} at a time")
         manifest.save(staging)
@@ -96,7 +96,7 @@ def folded(model: Sam, images: Any) -> Sam:
     model.eval()
     try:
         batch = torch.from_numpy(as_array(images))
-        prompts = probe("points", 2, model.preprocess.image_size, np.random.default_rng(0))
+        prompts = probe("points", 2, model.preprocess.side, np.random.default_rng(0))
         points, labels = torch.from_numpy(prompts.points), torch.from_numpy(prompts.labels)
         with torch.no_grad():
             pairs = [(model.embed(batch), deploy.embed(batch))]

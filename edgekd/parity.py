@@ -46,7 +46,7 @@ class Reference:
     def __init__(self, model: Promptable, images: np.ndarray, *, seed: int = 0) -> None:
         self.model, self.images = model, images
         rng = np.random.default_rng(seed)
-        size = model.preprocess.image_size
+        size = model.preprocess.side
         self.probes = [probe(kind, count, size, rng) for kind in KINDS for count in COUNTS]
         self.embeddings = np.concatenate([self.embed(image[None]) for image in images])
         self.answers = [self.decode(self.embeddings[:1], p) for p in self.probes]

@@ -16,7 +16,7 @@ COUNTS = (1, 5, 16)
 
 @dataclass(frozen=True)
 class Probe:
-    """P prompts of N points in the S frame: points (P, N, 2), labels (P, N), mask_input (P, 1, S/4, S/4), has_mask (P,); all float32."""
+    """P prompts of N points in a square of F pixels: points (P, N, 2), labels (P, N), mask_input (P, 1, F/4, F/4), has_mask (P,); all float32."""
 
     kind: str
     points: np.ndarray
@@ -30,9 +30,9 @@ class Probe:
                 "mask_input": self.mask_input, "has_mask": self.has_mask}
 
 
-def probe(kind: str, count: int, image_size: int, rng: np.random.Generator) -> Probe:
+def probe(kind: str, count: int, side: int, rng: np.random.Generator) -> Probe:
     """`count` random prompts of one kind, inside the image."""
-    size = float(image_size)
+    size = float(side)
     centre = rng.uniform(0.25, 0.75, (count, 1, 2)) * size
     half = rng.uniform(0.05, 0.25, (count, 1, 2)) * size
     corners = np.concatenate([centre - half, centre + half], axis=1)
@@ -45,7 +45,7 @@ def probe(kind: str, count: int, image_size: int, rng: np.random.Generator) -> P
         "point_box": (np.concatenate([clicks[:, :1], corners], axis=1), [POSITIVE, *corner_labels]),
         "mask": (clicks[:, :1], click_labels[:1]),
     }[kind]
-    grid = np.stack(np.meshgrid(np.arange(image_size // 4), np.arange(image_size // 4), indexing="xy"), axis=-1) * 4.0 + 2.0
+    grid = np.stack(np.meshgrid(np.arange(side // 4), np.arange(side // 4), indexing="xy"), axis=-1) * 4.0 + 2.0
     distance = np.linalg.norm((grid[None] - centre[:, None]) / half[:, None], axis=-1)  # 1 on the ellipse inside the box
     blob = np.clip(8.0 * (1.0 - distance), -12.0, 12.0)[:, None]
     has = np.full(count, float(kind == "mask"))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,12 +23,20 @@ NEGATIVE, POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, NOT_A_POINT, ABSENT = 0, 1, 
 class Preprocess:
     """Photo -> model input: long side to `image_size` (bilinear), normalise, pad right and bottom with zeros.
 
-    `mean` and `std` are for RGB in 0..255.
+    `mean` and `std` are for RGB in 0..255. `fit` "stretch" fills the square instead of padding (EfficientSAM).
     """
 
     image_size: int
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    fit: Literal["pad", "stretch"] = "pad"
+    prompt_size: int | None = None
+    """Side of the square that prompts are given in; None: `image_size`. EfficientViT-SAM sees 512 px and is prompted in 1024."""
+
+    @property
+    def side(self) -> int:
+        """F, the side of the prompts' square: the embedding is F/16 wide and mask logits F/4."""
+        return self.prompt_size or self.image_size
 
 
 @dataclass(frozen=True)
@@ -61,19 +69,23 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class Promptable(Protocol):
-    """Teacher, student or exported artifact of the task `promptable_segmentation`. S is `preprocess.image_size`."""
+    """Teacher, student or exported artifact of the task `promptable_segmentation`.
+
+    S is `preprocess.image_size`, F is `preprocess.side` (the same unless a model says otherwise). E is `embed_dim`; a teacher may
+    append further channels that only its own `decode` reads.
+    """
 
     name: str
     preprocess: Preprocess
     embed_dim: int
 
     def embed(self, images: Any) -> Any:
-        """(B, 3, S, S) normalised float -> (B, E, S/16, S/16)."""
+        """(B, 3, S, S) normalised float -> (B, E, F/16, F/16)."""
         ...
 
     def decode(self, embedding: Any, points: Any, labels: Any, mask_input: Any = None, has_mask: Any = None) -> tuple[Any, Any]:
-        """Prompts of ONE image: embedding (1, E, s, s), points (P, N, 2) xy in the S frame, labels (P, N),
-        mask_input (P, 1, S/4, S/4) logits with has_mask (P,) -> mask logits (P, 4, S/4, S/4), IoU (P, 4).
+        """Prompts of ONE image: embedding (1, E, s, s), points (P, N, 2) xy in the F frame, labels (P, N),
+        mask_input (P, 1, F/4, F/4) logits with has_mask (P,) -> mask logits (P, 4, F/4, F/4), IoU (P, 4).
 
         Mask 0 is the single mask for unambiguous prompts, 1..3 the alternatives for one click.
         """

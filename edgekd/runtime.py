@@ -9,7 +9,7 @@ import numpy as np
 from edgekd import artifact, plugins
 from edgekd.artifact import Manifest
 from edgekd.errors import EdgekdError
-from edgekd.protocols import Preprocess, Session
+from edgekd.protocols import Session
 
 
 class ArtifactModel:
@@ -18,8 +18,7 @@ class ArtifactModel:
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
         self.folder, self.manifest, self.threads = Path(folder), manifest, threads
         self.name, self.embed_dim = manifest.id, manifest.embed_dim
-        spec = manifest.preprocess
-        self.preprocess = Preprocess(spec.image_size, spec.mean, spec.std)
+        self.preprocess = manifest.preprocess.to_preprocess()
         self._sessions: dict[str, Session] = {}
 
     def session(self, component: str) -> Session:
@@ -41,16 +40,16 @@ class ArtifactModel:
         return self._sessions[component]
 
     def embed(self, images: Any) -> np.ndarray:
-        """(B, 3, S, S) or (3, S, S) normalised -> (B, E, S/16, S/16); one image per call of the runtime."""
+        """(B, 3, S, S) or (3, S, S) normalised -> (B, E, F/16, F/16); one image per call of the runtime."""
         batch = as_array(images)
         batch = batch[None] if batch.ndim == 3 else batch
         session = self.session("encoder")
         return np.concatenate([session.run({"images": image[None]})["image_embeddings"] for image in batch])
 
     def decode(self, embedding: Any, points: Any, labels: Any, mask_input: Any = None, has_mask: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts of ONE image: embedding (1, E, s, s), points (P, N, 2) xy in the S frame, labels (P, N), mask_input
-        (P, 1, S/4, S/4) with has_mask (P,) -> mask logits (P, 4, S/4, S/4), IoU (P, 4)."""
-        points, side = as_array(points), self.preprocess.image_size // 4
+        """Prompts of ONE image: embedding (1, E, s, s), points (P, N, 2) xy in the F frame, labels (P, N), mask_input
+        (P, 1, F/4, F/4) with has_mask (P,) -> mask logits (P, 4, F/4, F/4), IoU (P, 4)."""
+        points, side = as_array(points), self.preprocess.side // 4
         count = points.shape[0]
         if mask_input is None:
             mask_input, has_mask = np.zeros((count, 1, side, side), np.float32), np.zeros(count, np.float32)

@@ -228,11 +228,11 @@ def test_extreme_shapes_keep_at_least_a_pixel() -> None:
 
 
 def test_points_follow_the_photo_to_the_half_pixel() -> None:
-    frame = Frame(height=100, width=200, image_size=50)
+    frame = Frame(height=100, width=200, side=50)
     assert frame.scale == 0.25
     # a prompt encoder adds 0.5 and divides by S: the corners of the photo come to lie on the corners of its part of the frame
     assert ((frame.to_model([[0, 0], [200, 100]]) + 0.5) / 50).tolist() == [[0, 0], [1, 0.5]]
-    odd = Frame(height=101, width=200, image_size=50)  # 25.25 rows become 25
+    odd = Frame(height=101, width=200, side=50)  # 25.25 rows become 25
     assert odd.to_model([0, 101])[1] == pytest.approx(24.5)
     assert frame.to_model(np.zeros((3, 4, 2))).shape == (3, 4, 2)
 

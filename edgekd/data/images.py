@@ -114,24 +114,27 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Frame:
-    """How a photo of `height` x `width` lies in a model's square input: long side = `image_size`, at the top left."""
+    """How a photo of `height` x `width` lies in a square of `side` pixels: long side = `side`, at the top left, or stretched to fill it."""
 
     height: int
     width: int
-    image_size: int
+    side: int
+    stretch: bool = False
 
     @property
     def scale(self) -> float:
-        """Model pixels per photo pixel along the long side."""
-        return self.image_size / max(self.height, self.width)
+        """Pixels of the square per photo pixel along the long side."""
+        return self.side / max(self.height, self.width)
 
     @property
     def resized(self) -> tuple[int, int]:
-        """(height, width) of the photo inside the model's input; the rest is padding."""
+        """(height, width) of the photo inside the square; the rest is padding."""
+        if self.stretch:
+            return self.side, self.side
         return max(1, int(self.height * self.scale + 0.5)), max(1, int(self.width * self.scale + 0.5))
 
     def to_model(self, points: Any) -> np.ndarray:
-        """(..., 2) xy in the photo -> (..., 2) float32 xy as prompt encoders take them (the S frame).
+        """(..., 2) xy in the photo -> (..., 2) float32 xy as prompt encoders take them.
 
         Each axis uses its own exact ratio, since the short side was rounded to whole pixels. SAM's prompt encoder counts
         pixel centres from 0 and adds half a pixel itself, hence - 0.5: a click and a box edge end up exactly where they are.
@@ -141,15 +144,15 @@ class Frame:
         return (np.asarray(points, dtype=np.float64) * ratio - 0.5).astype(np.float32)
 
     def mask_to_image(self, logits: np.ndarray) -> np.ndarray:
-        """(..., s, s) logits covering the model's whole input -> (..., H, W) float32 over the photo.
+        """(..., s, s) logits covering the whole square -> (..., H, W) float32 over the photo.
 
-        Exactly SAM's post-processing (`interpolate` to S x S, crop the padding, `interpolate` to H x W; both bilinear
+        Exactly SAM's post-processing (`interpolate` to the square, crop the padding, `interpolate` to H x W; both bilinear
         with align_corners=False). Both steps are linear and work per axis, so here they are one small matrix per axis.
         """
         logits = np.asarray(logits, dtype=np.float32)
         height, width = self.resized
-        rows = _upsampling(logits.shape[-2], self.image_size, height, self.height)
-        columns = _upsampling(logits.shape[-1], self.image_size, width, self.width)
+        rows = _upsampling(logits.shape[-2], self.side, height, self.height)
+        columns = _upsampling(logits.shape[-1], self.side, width, self.width)
         return (rows @ logits) @ columns.T
 
 
@@ -166,24 +169,24 @@ def _interpolation(size_in: int, size_out: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def _upsampling(mask_size: int, image_size: int, resized: int, original: int) -> np.ndarray:
-    """(original, mask_size) float32: mask grid -> model input -> cropped -> photo, along one axis."""
-    to_input = _interpolation(mask_size, image_size)[:resized]
+def _upsampling(mask_size: int, side: int, resized: int, original: int) -> np.ndarray:
+    """(original, mask_size) float32: mask grid -> square -> cropped -> photo, along one axis."""
+    to_input = _interpolation(mask_size, side)[:resized]
     return (_interpolation(resized, original) @ to_input).astype(np.float32)
 
 
 def preprocess(image: np.ndarray, spec: Preprocess) -> tuple[np.ndarray, Frame]:
-    """(H, W, 3) uint8 RGB -> (3, S, S) float32 model input and the frame that maps prompts and masks.
+    """(H, W, 3) uint8 RGB -> (3, S, S) float32 model input and the frame that maps prompts and masks (`spec.side` wide).
 
     Pillow's bilinear filter (antialiased when shrinking, as in SAM), then normalisation, then zero padding at the right
     and bottom: padding is 0 *after* normalisation, i.e. the mean colour.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"expected a (H, W, 3) uint8 image, not {image.shape} {image.dtype}")
-    frame = Frame(image.shape[0], image.shape[1], spec.image_size)
-    height, width = frame.resized
+    stretch = spec.fit == "stretch"
+    height, width = Frame(image.shape[0], image.shape[1], spec.image_size, stretch).resized
     small = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
     normal = (small - np.asarray(spec.mean, dtype=np.float32)) / np.asarray(spec.std, dtype=np.float32)
     out = np.zeros((3, spec.image_size, spec.image_size), dtype=np.float32)
     out[:, :height, :width] = normal.transpose(2, 0, 1)
-    return out, frame
+    return out, Frame(image.shape[0], image.shape[1], spec.side, stretch)

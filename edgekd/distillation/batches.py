@@ -5,7 +5,7 @@ A photo is decoded once and kept as bytes in memory (up to KEEP_BYTES), so that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ KEEP_BYTES = 4_000_000_000
 
 @dataclass(frozen=True)
 class Batch:
-    """images (B, 3, S, S) normalised, embedding (B, E, t, t) of the teacher, labels (B, S, S) of instances (0 none, -1 padding),
-    valid (B, 1, S/4, S/4) 0/1."""
+    """images (B, 3, S, S) normalised, embedding (B, E, t, t) of the teacher, labels (B, F, F) of instances (0 none, -1 padding),
+    valid (B, 1, F/4, F/4) 0/1."""
 
     images: Tensor
     embedding: Tensor
@@ -30,7 +30,7 @@ class Batch:
     valid: Tensor
 
     def masks(self, prompts: int, generator: torch.Generator) -> Tensor:
-        """(B * prompts, S, S) bool: instances drawn with replacement."""
+        """(B * prompts, F, F) bool: instances drawn with replacement."""
         return draw_masks(self.labels, prompts, generator)
 
 
@@ -72,12 +72,12 @@ class Batches:
         return (torch.from_numpy(frame).float() - mean) / std
 
     def _frame(self, source: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(3, S, S) uint8 and (S, S) int16 of one image."""
+        """(3, S, S) uint8 and (F, F) int16 of one image."""
         key = (source, index)
         if key in self._kept:
             return self._kept[key]
         sample = self.sources[source].dataset[index]
-        pixels, target = to_frame(sample.image, label_map(sample), Preprocess(self.spec.image_size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+        pixels, target = to_frame(sample.image, label_map(sample), replace(self.spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
         found = (pixels.numpy().round().clip(0, 255).astype(np.uint8), target.numpy())
         self._bytes += found[0].nbytes + found[1].nbytes
         if self._bytes < KEEP_BYTES:

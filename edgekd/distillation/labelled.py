@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from edgekd.data.images import preprocess
 from edgekd.protocols import Dataset, Preprocess
 
 
@@ -60,16 +61,13 @@ def augment(rng: np.random.Generator, image: np.ndarray, labels: np.ndarray) -> 
 
 
 def to_frame(image: np.ndarray, labels: np.ndarray, spec: Preprocess) -> tuple[Tensor, Tensor]:
-    """Resize the long side to S and pad: (3, S, S) float normalised, (S, S) int16 with -1 in the padding."""
-    s = spec.image_size
-    scale = s / max(labels.shape)
-    size = (max(1, round(labels.shape[1] * scale)), max(1, round(labels.shape[0] * scale)))
-    pixels = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BILINEAR), np.float32)
-    index = Image.fromarray(np.ascontiguousarray(labels).astype(np.int32), mode="I").resize(size, Image.Resampling.NEAREST)
-    frame, target = np.zeros((3, s, s), np.float32), np.full((s, s), -1, np.int16)
-    frame[:, : size[1], : size[0]] = ((pixels - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)).transpose(2, 0, 1)
-    target[: size[1], : size[0]] = np.asarray(index)
-    return torch.from_numpy(frame), torch.from_numpy(target)
+    """The model's input (3, S, S) and the labels in the prompts' square, (F, F) int16 with -1 in the padding."""
+    pixels, frame = preprocess(np.ascontiguousarray(image), spec)
+    height, width = frame.resized
+    index = Image.fromarray(np.ascontiguousarray(labels).astype(np.int32), mode="I").resize((width, height), Image.Resampling.NEAREST)
+    target = np.full((frame.side, frame.side), -1, np.int16)
+    target[:height, :width] = np.asarray(index)
+    return torch.from_numpy(pixels), torch.from_numpy(target)
 
 
 def draw_masks(labels: Tensor, prompts: int, generator: torch.Generator) -> Tensor:

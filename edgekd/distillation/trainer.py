@@ -81,7 +81,7 @@ class StageTrainer:
         points, labels = first_prompts(masks, low, SHARE_BOX, generator)
         valid = batch.valid.squeeze(1).repeat_interleave(self.stage.instances, 0)
         context = Context(batch.valid, valid, single=labels[:, 0] == 1)
-        scale = self.teacher.preprocess.image_size / self.student.preprocess.image_size
+        scale = self.teacher.preprocess.side / self.student.preprocess.side
         losses: list[Tensor] = []
         last = has_last = None
         for round_ in range(self.stage.decode_iters + 1):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def open_training_data(recipe: Recipe, data: str, teacher: Sam, folder: Path) ->
 def new_student(name: str, image_size: int, teacher: Sam) -> tuple[Sam, str]:
     """A student for this teacher and where its weights come from: the shipped checkpoint when it was distilled from a teacher of the
     same shape, else random; the prompt encoder and mask decoder are the teacher's unless the checkpoint has its own."""
-    student = students.build(name, image_size=image_size, shape=teacher.shape, preprocess=replace(teacher.preprocess, image_size=image_size))
+    student = students.build(name, image_size=image_size, shape=teacher.shape, preprocess=teacher.preprocess)
     student.prompt_encoder.load_state_dict(teacher.prompt_encoder.state_dict())
     student.mask_decoder.load_state_dict(teacher.mask_decoder.state_dict())
     path = students.weights_path(name, image_size)

@@ -56,10 +56,10 @@ class PositionEmbedding(nn.Module):
 class PromptEncoder(nn.Module):
     """Points, boxes (as two corner points) and low-resolution mask logits -> tokens and a dense map."""
 
-    def __init__(self, shape: DecoderShape, image_size: int) -> None:
+    def __init__(self, shape: DecoderShape, side: int) -> None:
         super().__init__()
         e, m = shape.embed_dim, shape.mask_channels
-        self.image_size = image_size
+        self.side = side
         self.pe_layer = PositionEmbedding(e)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, e) for _ in range(4))
         self.not_a_point_embed = nn.Embedding(1, e)
@@ -69,7 +69,7 @@ class PromptEncoder(nn.Module):
         )
 
     def points(self, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """coords (P, N, 2) in the S frame, labels (P, N) -> tokens (P, N + 1, E), attention bias of those tokens (P, N + 1).
+        """coords (P, N, 2) in the F frame, labels (P, N) -> tokens (P, N + 1, E), attention bias of those tokens (P, N + 1).
 
         The token added at the end is "not a point" for a prompt without a box and absent for one with a box.
         """
@@ -78,7 +78,7 @@ class PromptEncoder(nn.Module):
         extra = torch.where(has_box, ABSENT, NOT_A_POINT).to(labels)
         labels = torch.cat([labels, extra], dim=1)
         coords = torch.cat([coords, torch.zeros_like(coords[:, :1])], dim=1)
-        code = self.pe_layer((coords + 0.5) / self.image_size)
+        code = self.pe_layer((coords + 0.5) / self.side)
         code = code * (labels >= 0).to(code).unsqueeze(-1)
         for value, weight in enumerate(e.weight for e in self.point_embeddings if isinstance(e, nn.Embedding)):
             code = code + (labels == value).to(code).unsqueeze(-1) * weight
@@ -86,7 +86,7 @@ class PromptEncoder(nn.Module):
         return code, (labels == ABSENT).to(code) * -1e4  # finite, so that fp16 and int8 runtimes keep it
 
     def dense(self, mask_input: Tensor, has_mask: Tensor) -> Tensor:
-        """mask logits (P, 1, S/4, S/4), has_mask (P,) 0 or 1 -> (P, E, S/16, S/16)."""
+        """mask logits (P, 1, F/4, F/4), has_mask (P,) 0 or 1 -> (P, E, F/16, F/16)."""
         has = has_mask.to(mask_input.dtype)[:, None, None, None]
         return has * self.mask_downscaling(mask_input) + (1 - has) * self.no_mask_embed.weight[:, :, None, None]
 
@@ -213,18 +213,18 @@ class Sam(nn.Module):
         super().__init__()
         self.name, self.preprocess, self.shape, self.embed_dim = name, preprocess, shape, shape.embed_dim
         self.encoder = encoder
-        self.prompt_encoder = PromptEncoder(shape, preprocess.image_size)
+        self.prompt_encoder = PromptEncoder(shape, preprocess.side)
         self.mask_decoder = MaskDecoder(shape)
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised -> (B, E, S/16, S/16)."""
+        """(B, 3, S, S) normalised -> (B, E, F/16, F/16)."""
         return self.encoder(images)
 
     def decode(
         self, embedding: Tensor, points: Tensor, labels: Tensor, mask_input: Tensor | None = None, has_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """embedding (B, E, s, s), points (P, N, 2) xy in the S frame, labels (P, N), P a multiple of B (prompts of one image stand
-        together), mask_input (P, 1, S/4, S/4) with has_mask (P,) -> mask logits (P, 4, S/4, S/4), IoU (P, 4)."""
+        """embedding (B, E, s, s), points (P, N, 2) xy in the F frame, labels (P, N), P a multiple of B (prompts of one image stand
+        together), mask_input (P, 1, F/4, F/4) with has_mask (P,) -> mask logits (P, 4, F/4, F/4), IoU (P, 4)."""
         prompts = points.shape[0]
         tokens, bias = self.prompt_encoder.points(points, labels)
         if mask_input is None:
@@ -246,7 +246,7 @@ class Decoder(nn.Module):
         self.model = model
 
     def forward(self, image_embeddings: Tensor, point_coords: Tensor, point_labels: Tensor, mask_input: Tensor, has_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """image_embeddings (1, E, s, s) and P prompts of N points -> masks (P, 4, S/4, S/4), iou (P, 4)."""
+        """image_embeddings (1, E, s, s) and P prompts of N points -> masks (P, 4, F/4, F/4), iou (P, 4)."""
         return self.model.decode(image_embeddings, point_coords, point_labels, mask_input, has_mask)
 
 
@@ -262,13 +262,13 @@ class _DecoderOnly(nn.Module):
 
 def components(model: Sam) -> dict[str, Component]:
     """The parts of a promptable model that are exported and profiled on their own, with example inputs (P = 2, N = 3)."""
-    s = model.preprocess.image_size
+    s, f = model.preprocess.image_size, model.preprocess.side
     decoder = Decoder(_DecoderOnly(model)).eval()  # type: ignore[arg-type]
     example = {
-        "image_embeddings": torch.randn(1, model.embed_dim, s // 16, s // 16),
-        "point_coords": torch.rand(2, 3, 2) * s,
+        "image_embeddings": torch.randn(1, model.embed_dim, f // 16, f // 16),
+        "point_coords": torch.rand(2, 3, 2) * f,
         "point_labels": torch.tensor([[1.0, 0.0, 1.0], [2.0, 3.0, 1.0]]),
-        "mask_input": torch.randn(2, 1, s // 4, s // 4),
+        "mask_input": torch.randn(2, 1, f // 4, f // 4),
         "has_mask": torch.tensor([0.0, 1.0]),
     }
     dynamic = {

@@ -147,3 +147,11 @@ class SamVit(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
+
+
+CONFIGS: dict[str, VitShape] = {
+    "sam_vit_b": VitShape(1024, 768, 12, 12, 14, (2, 5, 8, 11), 256),
+    "sam_vit_l": VitShape(1024, 1024, 24, 16, 14, (5, 11, 17, 23), 256),
+    "sam_vit_h": VitShape(1024, 1280, 32, 16, 14, (7, 15, 23, 31), 256),
+}
+"""The published sizes (arXiv 2304.02643, App. A)."""

@@ -24,8 +24,8 @@ def profile_torch(model: Promptable, *, target: str = "host", warmup: int = 3, r
 
     module: Any = model
     module.eval()
-    rng, size, before = np.random.default_rng(0), model.preprocess.image_size, torch.get_num_threads()
-    image, p = torch.from_numpy(pictures(1, size, rng)), probe("point", prompts, size, rng)
+    rng, spec, before = np.random.default_rng(0), model.preprocess, torch.get_num_threads()
+    image, p = torch.from_numpy(pictures(1, spec.image_size, rng)), probe("point", prompts, spec.side, rng)
     points, labels = torch.from_numpy(p.points), torch.from_numpy(p.labels)
     torch.set_num_threads(threads or before)
     try:

@@ -38,10 +38,10 @@ def opened(folder: str | Path, threads: int | None) -> tuple[ArtifactModel, dict
 
 def calls(model: ArtifactModel, prompts: int) -> dict[str, Call]:
     """The encoder alone, the decoder alone for `prompts` clicks, and one after the other: ready to be timed."""
-    rng, size = np.random.default_rng(0), model.preprocess.image_size
-    image = {"images": pictures(1, size, rng)}
+    rng, spec = np.random.default_rng(0), model.preprocess
+    image = {"images": pictures(1, spec.image_size, rng)}
     encoder, decoder = model.session("encoder"), model.session("decoder")
-    asked = probe("point", prompts, size, rng).inputs(encoder.run(image)["image_embeddings"])
+    asked = probe("point", prompts, spec.side, rng).inputs(encoder.run(image)["image_embeddings"])
 
     def together() -> object:
         return decoder.run(asked | encoder.run(image))

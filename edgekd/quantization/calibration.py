@@ -50,7 +50,7 @@ class DecoderCalibration:
         for photo in self.photos:
             embedding = _embed(self.model, photo["images"])
             for kind in KINDS:
-                yield probe(kind, self.prompts, self.model.preprocess.image_size, rng).inputs(embedding)
+                yield probe(kind, self.prompts, self.model.preprocess.side, rng).inputs(embedding)
 
 
 def _embed(model: Promptable, images: np.ndarray) -> np.ndarray:

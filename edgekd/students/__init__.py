@@ -50,7 +50,8 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """Students of one architecture. `encoder(config, embed_dim)` maps (B, 3, S, S) to (B, embed_dim, S/16, S/16)."""
+    """Students of one architecture. `encoder(config, embed_dim)` maps (B, 3, S, S) to (B, embed_dim, S/16, S/16); a config with an
+    attribute `stride` (EfficientViT-L: 8) to S/stride, and its prompts are then in a square of 16 S / stride."""
 
     name: str
     paper: str
@@ -171,8 +172,9 @@ def build(name: str, *, image_size: int = 256, embed_dim: int = 128, seed: int =
         if value < 32 or value % 32:
             raise UsageError(f"the {what} of a student is a multiple of 32, not {value}", where=name,
                              hint=f"nearest: {max(32, round(value / 32) * 32)}")
-    canonical = str(parse(name))
-    preprocess = replace(preprocess, image_size=image_size) if preprocess else Preprocess(image_size)
+    parsed, _, config = _config(name)
+    canonical, stride = str(parsed), getattr(config, "stride", 16)
+    preprocess = replace(preprocess or Preprocess(image_size), image_size=image_size, prompt_size=None if stride == 16 else image_size * 16 // stride)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Sam(canonical, encoder(name, shape.embed_dim), shape, preprocess)

@@ -61,7 +61,7 @@ class PseudoLabelled:
         logits = np.concatenate([a[0][:, 1:].reshape(-1, *a[0].shape[2:]) for a in answers])
         predicted = np.concatenate([a[1][:, 1:].ravel() for a in answers])
         frame = state[1]
-        cell = frame.image_size / logits.shape[-1]
+        cell = frame.side / logits.shape[-1]
         rows, columns = (max(1, round(side / cell)) for side in frame.resized)
         inside = logits[:, :rows, :columns]
         masks = inside > THRESHOLD

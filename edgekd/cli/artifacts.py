@@ -1,0 +1,120 @@
+"""Models, their files and results: quantize, export, profile, evaluate, predict, report."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgekd.cli.options import Data, Json, Limit, MaybeData, Output, Split, TargetName, Threads, app, numbers, show
+from edgekd.errors import UsageError
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or a student with shipped weights.")],
+    scheme: Annotated[str, typer.Option("--scheme", help="A precision (edgekd list schemes).")], output: Output,
+    format: Annotated[str, typer.Option("--format", help="A file format (edgekd list formats).")] = "onnx",
+    target: TargetName = "host", data: MaybeData = None, json: Json = False,
+) -> int:
+    """Export in a precision and compare with fp32.
+
+    Size, latency and agreement of the masks, with a verdict. Exit code 1 when it is no gain.
+    """
+    from edgekd import api
+
+    found = api.quantize(model=model, scheme=scheme, format=format, target=target, data=data, output=output)
+    show(found, json)
+    return 0 if found["verdict"] != "rejected" else 1
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A checkpoint, a teacher, or a student with shipped weights.")],
+    to: Annotated[str, typer.Option("--to", help="Formats, with commas between: onnx,openvino.")], output: Output,
+    scheme: Annotated[str, typer.Option("--scheme", help="A precision (edgekd list schemes).")] = "fp32",
+    target: Annotated[str | None, typer.Option("--target", help="The device it is for; decides how int8 is written.")] = None,
+    data: MaybeData = None, threads: Threads = None, json: Json = False,
+) -> int:
+    """Write a model's files and check them.
+
+    Every file is run on its own runtime and compared with the model; the manifest says how it went.
+    """
+    from edgekd import api, console
+
+    formats = [f.strip() for f in to.split(",") if f.strip()]
+    if not formats:
+        raise UsageError("--to names no format", hint="edgekd export MODEL --to onnx,openvino --output DIR")
+    found = api.export(model=model, to=formats, output=output, scheme=scheme, data=data, target=target, threads=threads)
+    rows = found["exports"]
+    if json:
+        console.emit(found)
+    else:
+        console.table(["format", "scheme", "status", "MB", "where or why"],
+                      [[r["format"], r["scheme"], r["status"], round(r["size_bytes"] / 1e6, 2) if "size_bytes" in r else None, r.get("path") or r["reason"]]
+                       for r in rows])
+    return 0 if all(r["status"] == "ok" for r in rows) else 1
+
+
+@app.command()
+def profile(
+    artifact: Annotated[str, typer.Argument(help="An artifact or run folder.")], target: TargetName = "host", threads: Threads = None,
+    warmup: Annotated[int, typer.Option("--warmup", help="Runs before the clock starts.")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs that are timed, at most.")] = 30,
+    prompts: Annotated[int, typer.Option("--prompts", help="Prompts per image in one decoder call.")] = 1, json: Json = False,
+) -> int:
+    """Measure latency, memory and size on a device."""
+    from edgekd import api
+
+    return show(api.profile(artifact=artifact, target=target, threads=threads, warmup=warmup, repeats=repeats, prompts=prompts), json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A teacher, student, checkpoint, artifact, run, baseline/disc or hub id.")], data: Data, split: Split = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="Measure the agreement with this teacher; known already for artifacts.")] = None,
+    limit: Limit = None, max_instances: Annotated[int | None, typer.Option("--max-instances", help="Masks asked for per image, at most.")] = None,
+    threads: Threads = None, json: Json = False,
+) -> int:
+    """Measure a model's accuracy.
+
+    With boxes, one click and further clicks, and the agreement with its teacher.
+    """
+    from edgekd import api, console
+
+    found = api.evaluate(model=model, data=data, split=split, teacher=teacher, limit=limit, max_instances=max_instances, threads=threads)
+    if json:
+        console.emit(found.to_dict())
+        return 0
+    flat = {**found.metrics, **{f"teacher_agreement.{k}": v for k, v in (found.teacher_agreement or {}).items()}}
+    console.table(["metric", "mean IoU", "95 % low", "95 % high"], [[k, round(v, 4), *(round(x, 4) for x in found.interval95[k])] for k, v in flat.items()],
+                  title=f"{found.model} on {found.protocol['dataset']}: {found.images} images, {found.instances} instances")
+    return 0
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="An artifact or run folder, or any other model.")],
+    image: Annotated[Path, typer.Argument(help="A photo.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The mask, a PNG of the photo's size.")],
+    point: Annotated[list[str] | None, typer.Option("--point", metavar="X,Y[,0]", help="A click in pixels; ,0 means not this. Repeatable.")] = None,
+    box: Annotated[str | None, typer.Option("--box", metavar="X0,Y0,X1,Y1", help="A box in pixels.")] = None,
+    threads: Threads = None, json: Json = False,
+) -> int:
+    """Segment what a click or a box means."""
+    from edgekd import api
+
+    clicks = [numbers(p, (2, 3), "--point takes X,Y or X,Y,0") for p in point or []]
+    corners = numbers(box, (4,), "--box takes X0,Y0,X1,Y1") if box is not None else None
+    found = api.predict(model=model, image=image, output=output, points=[(c[0], c[1]) for c in clicks],
+                        labels=[int(c[2]) if len(c) == 3 else 1 for c in clicks], threads=threads,
+                        box=(corners[0], corners[1], corners[2], corners[3]) if corners else None)
+    return show({"mask": str(output), "area": int(found.mask.sum()), "predicted_iou": found.score}, json)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = False) -> int:
+    """Make the report of a run again."""
+    from edgekd import api
+
+    return show({"report": str(api.report(run=run))}, json)
