@@ -5,6 +5,7 @@ missed, 2 wrong usage. Nothing heavy is imported before a verb runs, so that `--
 """
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -13,11 +14,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from edgekd import __version__
-from edgekd.cli import loop, artifacts, about  # noqa: I001  the order of --help
 from edgekd.cli.options import app, command_line
 from edgekd.errors import EdgekdError
 
 __all__ = ["app", "main"]
+
+for _verbs in ("loop", "artifacts", "about"):  # registers them, in the order of --help
+    importlib.import_module(f"edgekd.cli.{_verbs}")
 
 INTERRUPTED = 130
 # The parser's own errors, whichever click this typer is built on (its own copy, or the package).

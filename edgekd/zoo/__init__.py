@@ -32,7 +32,7 @@ class Spec:
     paper: str
     licence: str
     source: str
-    preprocess: Preprocess = Preprocess(1024)
+    preprocess: Preprocess = field(default_factory=lambda: Preprocess(1024))
     shape: DecoderShape = field(default_factory=DecoderShape)
 
 
