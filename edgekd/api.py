@@ -19,9 +19,11 @@ from edgekd.errors import EdgekdError, UsageError, unknown
 from edgekd.workspace import write_atomic
 
 if TYPE_CHECKING:
+    from edgekd.artifact import DecoderSignature
     from edgekd.protocols import Dataset
     from edgekd.recipe import Recipe
     from edgekd.report.schema import Report
+    from edgekd.tasks.everything import Everything
     from edgekd.tasks.predict import Box, Point, Prediction
     from edgekd.tasks.promptable import Evaluation
 
@@ -110,8 +112,12 @@ def train(*, recipe: str | Path, output: Path, sets: Sequence[str] = ()) -> dict
 
 
 def export(*, model: str | Path, to: Sequence[str], output: Path, scheme: str = "fp32", data: str | Path | None = None,
-           target: str | None = None, threads: int | None = None) -> dict[str, Any]:
-    """Export a model in every format of `to`; one that fails is a row with its reason and does not stop the others."""
+           target: str | None = None, threads: int | None = None, decoder_signature: DecoderSignature = "batched") -> dict[str, Any]:
+    """Export a model in every format of `to`; one that fails is a row with its reason and does not stop the others.
+
+    `decoder_signature`: `batched` takes many prompts a call; `sam` is the six-input decoder of segment-anything's own export, for
+    applications that expect it.
+    """
     from edgekd import comparing, exporting, plugins, resolve
 
     for format in to:
@@ -127,7 +133,8 @@ def export(*, model: str | Path, to: Sequence[str], output: Path, scheme: str = 
         console.log(f"export {name}")
         try:
             manifest = exporting.export_model(source, Path(output) / name, format=format, scheme=scheme, teacher=resolve.teacher_of(model),
-                                              calibration=calibration, threads=threads, qdq=device.qdq(format) if device else "u8s8")
+                                              calibration=calibration, threads=threads, qdq=device.qdq(format) if device else "u8s8",
+                                              decoder_signature=decoder_signature)
         except UsageError:
             raise
         except EdgekdError as e:
@@ -135,7 +142,7 @@ def export(*, model: str | Path, to: Sequence[str], output: Path, scheme: str = 
             continue
         decoder = manifest.components["decoder"]
         rows.append({"format": format, "scheme": scheme, "status": "ok", "id": manifest.id, "path": str(Path(output) / name), "ran_here": True,
-                     "checked": manifest.checked, "size_bytes": manifest.size_bytes, "parity": decoder.parity,
+                     "checked": manifest.checked, "decoder_signature": manifest.decoder_signature, "size_bytes": manifest.size_bytes, "parity": decoder.parity,
                      "components": {n: {"scheme": c.scheme, "executed_precision": c.executed_precision, "parity": c.parity, "note": c.note}
                                     for n, c in manifest.components.items()}})
     return {"exports": rows}
@@ -151,37 +158,68 @@ def quantize(*, model: str | Path, scheme: str, format: str = "onnx", target: st
 
 def profile(*, artifact: str | Path, target: str = "host", threads: int | None = None, warmup: int = 3, repeats: int = 30, prompts: int = 1) -> dict[str, Any]:
     """Latency, memory and size of an artifact on a device, with the circumstances."""
-    from edgekd import resolve
     from edgekd.profiling import profile_artifact
 
-    device = targets.resolve(target)
-    folder = resolve.artifact_folder(Path(artifact).expanduser())
-    if folder is None:
-        raise UsageError(f"there is no artifact at {artifact}", hint="name a folder that `edgekd export` or `edgekd compress` wrote")
+    device, folder = targets.resolve(target), _artifact(artifact)
     found = profile_artifact(folder, device, prompts=prompts, threads=threads, warmup=warmup, repeats=repeats)
     return {**found.model_dump(mode="json", by_alias=True, exclude_none=True), "transport": device.device.transport}
 
 
-def evaluate(*, model: str | Path, data: str | Path, split: str | None = None, teacher: str | None = None, limit: int | None = None,
-             max_instances: int | None = None, threads: int | None = None) -> Evaluation:
-    """Accuracy of any model by protocol. The teacher that an artifact or checkpoint names is asked the same prompts."""
+def profile_everything(*, artifact: str | Path, target: str = "host", threads: int | None = None, repeats: int = 10, modes: Sequence[str] = (),
+                       image: str | Path | None = None) -> list[dict[str, Any]]:
+    """What segmenting everything on a photo costs on a device, way by way: all decoder calls and the work on the host included."""
+    from edgekd.profiling.everything import profile_everything as measure
+
+    rows = measure([_artifact(artifact)], targets.resolve(target), modes=modes, photo=Path(image) if image else None, threads=threads, repeats=repeats)
+    return [row.model_dump(mode="json", by_alias=True, exclude_none=True) for row in rows]
+
+
+def _artifact(artifact: str | Path) -> Path:
     from edgekd import resolve
-    from edgekd.tasks import promptable
+
+    folder = resolve.artifact_folder(Path(artifact).expanduser())
+    if folder is None:
+        raise UsageError(f"there is no artifact at {artifact}", hint="name a folder that `edgekd export` or `edgekd compress` wrote")
+    return folder
+
+
+def evaluate(*, model: str | Path, data: str | Path, split: str | None = None, teacher: str | None = None, limit: int | None = None,
+             max_instances: int | None = None, threads: int | None = None, metrics: Sequence[str] | None = None,
+             boxes: str | Path | None = None, everything_mode: str = "auto", images: str | Path | None = None) -> Evaluation:
+    """Accuracy of any model by protocol. The teacher that an artifact or checkpoint names is asked the same prompts.
+
+    Args:
+        metrics: groups of `edgekd.tasks.metrics.GROUPS` (box, center and clicks when left out).
+        boxes: instead of those, COCO's AP of the masks that boxes prompt: a detector's results json, or `truth` for the ground truth's boxes.
+        everything_mode: of the group `everything` (see `everything`).
+        images: where the photos of a COCO or LVIS json are, when not beside it.
+    """
+    from edgekd import resolve
+    from edgekd.tasks import detection, promptable
+    from edgekd.tasks.metrics import DEFAULT_GROUPS, check_groups
+
+    groups = check_groups(DEFAULT_GROUPS if metrics is None else metrics)
+    if boxes is not None and metrics is not None:
+        raise UsageError("boxes give AP and nothing else", hint="leave out --metrics, or --boxes")
 
     asked = resolve.load_model(model, threads=threads)
     name = teacher or resolve.teacher_of(model)
     reference = resolve.load_model(name) if name is not None else None
-    dataset = open_labelled(data, split=split, limit=limit, teacher=reference)
+    dataset = open_labelled(data, split=split, limit=limit, teacher=reference, images=images)
     most = promptable.MAX_INSTANCES if max_instances is None else max_instances
     with console.progress(len(dataset), f"evaluate {asked.name}") as progress:
-        return promptable.evaluate(asked, dataset, teacher=reference, max_instances=most, progress=progress)
+        if boxes is not None:
+            return detection.detection_ap(asked, dataset, boxes=None if boxes == "truth" else boxes, progress=progress)
+        return promptable.evaluate(asked, dataset, metrics=groups, teacher=reference, max_instances=most, progress=progress,
+                                   everything_mode=everything_mode)  # type: ignore[arg-type]
 
 
-def open_labelled(data: str | Path, *, split: str | None = None, limit: int | None = None, teacher: Any = None) -> Dataset:
+def open_labelled(data: str | Path, *, split: str | None = None, limit: int | None = None, teacher: Any = None,
+                  images: str | Path | None = None) -> Dataset:
     """Data with masks; photos without any are labelled by the teacher, when there is one, and their name says so."""
     from edgekd.data import open_data
 
-    dataset = open_data(data, split=split, limit=limit)
+    dataset = open_data(data, split=split, limit=limit, images=images)
     if dataset.has_masks or teacher is None:
         return dataset
     from edgekd.tasks.pseudo import pseudo_label
@@ -196,6 +234,36 @@ def predict(*, model: str | Path, image: str | Path, output: Path, points: Seque
     from edgekd.tasks.predict import predict_file
 
     return predict_file(resolve.load_model(model, threads=threads), image, output, points=points, labels=labels, box=box)
+
+
+def everything(*, model: str | Path, image: str | Path, output: Path, mode: str = "auto", points_per_side: int | None = None,
+               threads: int | None = None) -> Everything:
+    """Segment everything on one photo: COCO run lengths as JSON at `output`, and a picture of the masks beside it.
+
+    Args:
+        mode: `grid`, `hierarchical`, `proposals` (models with a box proposer), or `auto`: the cheapest that the model has.
+        points_per_side: of the grid; 32 when left out.
+    """
+    from edgekd import resolve
+    from edgekd.tasks.everything import Settings
+    from edgekd.tasks.saving import everything_file
+
+    settings = Settings() if points_per_side is None else Settings(points_per_side=points_per_side)
+    return everything_file(resolve.load_model(model, threads=threads), image, output, mode=mode, settings=settings)  # type: ignore[arg-type]
+
+
+def inspect(*, model: str | Path, strict: bool = False) -> dict[str, Any]:
+    """What a name or a file of weights is: family, variant, layout, sizes, preprocessing, licence, and what is wrong with it."""
+    from edgekd import inspecting
+
+    return inspecting.inspect(model, strict=strict)
+
+
+def convert(*, source: str | Path, to: str, output: str | Path, decoder: str | Path | None = None) -> dict[str, Any]:
+    """Rewrite weights in another layout (`meta`, `hf`, `edgekd`), bit by bit the same."""
+    from edgekd import converting
+
+    return converting.convert(source, to=to, output=output, decoder=decoder)
 
 
 def report(*, run: Path) -> Path:
@@ -239,8 +307,6 @@ def _calibration_data(scheme: str, data: str | Path | None) -> Dataset | None:
     from edgekd.data import open_data
     from edgekd.quantization import schemes
 
-    if not schemes.get(scheme).needs_calibration:
-        return None
-    if data is None:
+    if data is None and schemes.get(scheme).needs_calibration:
         raise UsageError(f"{scheme} needs calibration images", hint="give a folder of images with --data")
-    return open_data(data, masks=False)
+    return open_data(data, masks=False) if data is not None and schemes.get(scheme).looks_at_inputs else None

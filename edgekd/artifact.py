@@ -18,6 +18,8 @@ from edgekd.protocols import Preprocess
 from edgekd.workspace import sha256, write_json
 
 SCHEMA: Final = "edgekd.artifact/1"
+DecoderSignature = Literal["batched", "sam"]
+"""`batched`: P prompts of N points a call. `sam`: the six inputs of segment-anything's export script, one prompt a call."""
 MANIFEST = "manifest.json"
 
 
@@ -60,6 +62,8 @@ class ArtifactComponent(_Model):
     executed_ops: dict[str, int]
     parity: dict[str, Any]
     note: str | None = None
+    kept_fp32: dict[str, str] = {}
+    """Layers of an fp16 component that stay in fp32 -> why."""
 
 
 class PreprocessSpec(_Model):
@@ -96,6 +100,7 @@ class Manifest(_Model):
     embed_dim: int
     format: str
     scheme: str
+    decoder_signature: DecoderSignature = "batched"
     components: dict[str, ArtifactComponent]
     preprocess: PreprocessSpec
     files: list[File]

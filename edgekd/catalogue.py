@@ -25,12 +25,17 @@ def students() -> list[Row]:
 
 
 def models() -> list[Row]:
-    """Everything that can be named where a model is expected. The details of a student are counted on its network: `list students`."""
-    from edgekd import students
+    """Everything that can be named where a model is expected, each once. The details of a student are counted on its network: `list students`."""
+    from edgekd import students, zoo
     from edgekd.tasks import baselines
 
     rows = [{"name": r.pop("name"), "kind": "teacher", **r} for r in teachers()]
-    return [*rows, *({"name": n, "kind": "student"} for n in students.names()), *({"name": n, "kind": "baseline"} for n in baselines.names())]
+    for row in rows:
+        if row["name"] in zoo.SPECS:
+            row["kind"] = zoo.SPECS[row["name"]].kind
+    named = {row["name"] for row in rows}
+    return [*rows, *({"name": n, "kind": "student", "family": f.name} for f in students.families().values() for n in f.configs if n not in named),
+            *({"name": n, "kind": "baseline"} for n in baselines.names())]
 
 
 def targets() -> list[Row]:

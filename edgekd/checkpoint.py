@@ -42,6 +42,8 @@ class Meta(BaseModel):
     prompt_size: int | None = None
     shape: dict[str, int]
     """Sizes of the prompt encoder and mask decoder (`edgekd.models.sam.DecoderShape`)."""
+    proposer: dict[str, int] | None = None
+    """Sizes of the box proposer (`edgekd.models.proposer.BoxProposer`) when the model has one."""
     digest: str
     history: dict[str, Any] = {}
     """How it came about: recipe, stages, losses."""
@@ -55,7 +57,7 @@ def save(model: Sam, path: Path, *, kind: Literal["student", "teacher"] = "stude
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     spec = model.preprocess
     meta = Meta(kind=kind, name=model.name, teacher=teacher, image_size=spec.image_size, mean=spec.mean, std=spec.std, fit=spec.fit,
-                prompt_size=spec.prompt_size, shape=asdict(model.shape), digest=digest(tensors), history=history or {})
+                prompt_size=spec.prompt_size, shape=asdict(model.shape), proposer=_proposer_sizes(model), digest=digest(tensors), history=history or {})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temp:
@@ -64,8 +66,26 @@ def save(model: Sam, path: Path, *, kind: Literal["student", "teacher"] = "stude
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a file that looks like one of ours, by its name alone."""
-    return Path(path).is_file() and Path(path).suffix == SUFFIX
+    """Whether `path` is a safetensors file of ours, whole or damaged. One with a readable header that does not describe a model of ours
+    is somebody else's (`edgekd.zoo.files` reads those)."""
+    if not Path(path).is_file() or Path(path).suffix != SUFFIX:
+        return False
+    try:
+        return HEADER in _header(path)
+    except EdgekdError:
+        return True
+
+
+def _header(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    try:
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 2 <= length <= 100_000_000:
+                raise ValueError("no safetensors header")
+            return json.loads(f.read(length)).get("__metadata__") or {}
+    except (OSError, ValueError, AttributeError) as e:
+        raise EdgekdError(f"the checkpoint cannot be read: {e}", where=path, hint="it is damaged or no safetensors file; distil the student again") from e
 
 
 def read_meta(path: Path) -> Meta:
@@ -74,14 +94,7 @@ def read_meta(path: Path) -> Meta:
     Raises:
         EdgekdError: it is not a checkpoint of ours, or is cut short.
     """
-    try:
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= 100_000_000:
-                raise ValueError("no safetensors header")
-            header = json.loads(f.read(length)).get("__metadata__", {})
-    except (OSError, ValueError, AttributeError) as e:
-        raise EdgekdError(f"the checkpoint cannot be read: {e}", where=path, hint="it is damaged or no safetensors file; distil the student again") from e
+    header = _header(path)
     if HEADER not in header:
         raise EdgekdError("this safetensors file is not a checkpoint of edgekd: its header does not describe a model", where=path,
                           hint="name a file that `edgekd distill` or `edgekd train` wrote")
@@ -123,19 +136,24 @@ def load(path: Path) -> Sam:
 
 
 def load_into(model: Sam, path: Path) -> None:
-    """Fill a model of the same shape from a checkpoint, every key accounted for.
+    """Fill a model of the same shape from a checkpoint, every key accounted for. A proposer that only the checkpoint has is added.
 
     Raises:
         EdgekdError: the file is damaged or its keys or shapes differ from the model's; they are named.
     """
-    tensors, own = load_tensors(path), model.state_dict()
+    tensors = load_tensors(path)
+    _add_proposer(model, read_meta(path))
+    own = model.state_dict()
     wrong = [f"missing {k}" for k in own if k not in tensors] + [f"unknown {k}" for k in tensors if k not in own]
     wrong += [f"{k} is {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in tensors and tensors[k].shape != own[k].shape]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise EdgekdError(f"the weights do not fit '{model.name}': {'; '.join(wrong[:4])}{more}", where=path,
                           hint="the checkpoint comes from another version of this model")
-    model.load_state_dict(tensors)
+    if any(p.is_meta for p in model.parameters()):  # a large model, built without memory: it takes the tensors themselves
+        model.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()}, assign=True)
+    else:
+        model.load_state_dict(tensors)
 
 
 def _build(meta: Meta) -> Sam:
@@ -145,12 +163,30 @@ def _build(meta: Meta) -> Sam:
 
     preprocess = Preprocess(meta.image_size, meta.mean, meta.std, meta.fit, meta.prompt_size)
     if meta.kind == "teacher":
-        from edgekd import teachers
+        from edgekd import teachers, zoo
 
+        if meta.name in zoo.SPECS:
+            return zoo.build(meta.name, device="meta", image_size=meta.image_size)
         return teachers.build(meta.name)
     from edgekd import students
 
-    return students.build(meta.name, image_size=meta.image_size, shape=DecoderShape(**meta.shape), preprocess=preprocess)
+    sizes: dict[str, Any] = dict(meta.shape)
+    return students.build(meta.name, image_size=meta.image_size, shape=DecoderShape(**sizes), preprocess=preprocess)
+
+
+def _proposer_sizes(model: Sam) -> dict[str, int] | None:
+    from edgekd.models.proposer import BoxProposer
+
+    found = model.proposer
+    return {"embed_dim": found.embed_dim, "width": found.width, "depth": found.depth} if isinstance(found, BoxProposer) else None
+
+
+def _add_proposer(model: Sam, meta: Meta) -> None:
+    """Give the model the proposer that a header describes, where it has none yet."""
+    if meta.proposer is not None and model.proposer is None:
+        from edgekd.models.proposer import BoxProposer
+
+        model.proposer = BoxProposer(**meta.proposer)
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

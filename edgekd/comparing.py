@@ -64,7 +64,7 @@ def quantize(model: str | Path, *, scheme: str, format: str, target: Target, dat
     for each in dict.fromkeys((REFERENCE_SCHEME, scheme)):
         name = exporting.candidate_id(source.name, source.preprocess.image_size, format, each)
         console.log(f"export {name}")
-        calibration = calibrate(source, dataset, limit=limit) if dataset is not None and each.endswith("_static") else None
+        calibration = calibrate(source, dataset, limit=limit) if dataset is not None and schemes.get(each).looks_at_inputs else None
         manifests.append(exporting.export_model(source, folder / name, format=format, scheme=each, teacher=teacher, calibration=calibration,
                                                 qdq=target.qdq(format)))
     return _report(manifests[0], manifests[-1], folder, target, source, dataset)

@@ -1,7 +1,8 @@
 """Strict settings from YAML: `extends`, `--set a.b=c`, and every problem at once, in the user's words.
 
 Recipes and targets share this. A file may extend a shipped name or another file; mappings are merged key by key, lists and
-plain values replace. Unknown keys are errors that name the nearest known one.
+plain values replace, and `set:` changes single values by the paths that `--set` takes. Unknown keys are errors that name the
+nearest known one.
 """
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from edgekd.errors import UsageError, closest, unknown
 
 Model = TypeVar("Model", bound="Settings")
-EXTENDS = "extends"
+EXTENDS, SET = "extends", "set"
 
 
 class Settings(BaseModel):
@@ -85,11 +86,15 @@ def _load(reference: str | Path, kind: str, shipped: Mapping[str, Any], aliases:
     if not isinstance(raw, dict):
         raise UsageError(f"a {kind} is a mapping of keys to values", where=where, hint=f"start from a copy: edgekd init {kind} NAME my.yaml")
     raw = dict(raw)
-    parent = raw.pop(EXTENDS, None)
-    if parent is None:
-        return raw, where
-    above, _ = _load(str(parent), kind, shipped, aliases, base=home, chain=(*chain, where))
-    return merge(above, raw), where
+    parent, changes = raw.pop(EXTENDS, None), raw.pop(SET, None) or {}
+    if parent is not None:
+        above, _ = _load(str(parent), kind, shipped, aliases, base=home, chain=(*chain, where))
+        raw = merge(above, raw)
+    if not isinstance(changes, dict):
+        raise UsageError("`set:` is a mapping of paths to values", where=where, hint="for instance set: {stages.0.steps: 100}")
+    for path, value in changes.items():
+        raw = _assign(raw, str(path).split("."), value, f"{where}, set: {path}")
+    return raw, where
 
 
 def _read(reference: str | Path, kind: str, shipped: Mapping[str, Any], aliases: Mapping[str, str], base: Path) -> tuple[Any, str, Path]:
@@ -127,7 +132,7 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
         path, equals, value = assignment.partition("=")
         if not equals or not path.strip():
             raise UsageError(f"--set takes KEY=VALUE, not '{assignment}'", hint="for instance --set stages.0.steps=100")
-        raw = _assign(raw, path.strip().split("."), parse_yaml(value, f"--set {path}"), path)
+        raw = _assign(raw, path.strip().split("."), parse_yaml(value, f"--set {path}"), f"--set {path}")
     return raw
 
 
@@ -137,10 +142,10 @@ def _assign(node: Any, keys: list[str], value: Any, path: str) -> Any:
     key, rest = keys[0], keys[1:]
     if isinstance(node, list):
         if not key.isdigit() or int(key) >= len(node):
-            raise UsageError(f"--set {path}: '{key}' is not a place in a list of {len(node)}", hint=f"places are 0 to {len(node) - 1}" if node else None)
+            raise UsageError(f"{path}: '{key}' is not a place in a list of {len(node)}", hint=f"places are 0 to {len(node) - 1}" if node else None)
         return [_assign(item, rest, value, path) if i == int(key) else item for i, item in enumerate(node)]
     if node is not None and not isinstance(node, dict):
-        raise UsageError(f"--set {path}: there is nothing below a plain value ({node!r})", hint=f"set the key before '.{key}' itself")
+        raise UsageError(f"{path}: there is nothing below a plain value ({node!r})", hint=f"set the key before '.{key}' itself")
     node = node or {}
     return {**node, key: _assign(node.get(key), rest, value, path)}
 

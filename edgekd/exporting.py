@@ -10,26 +10,27 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 
 from edgekd import plugins
-from edgekd.artifact import ArtifactComponent, Manifest, PreprocessSpec, Tensor, describe_files
+from edgekd.artifact import ArtifactComponent, DecoderSignature, Manifest, PreprocessSpec, Tensor, describe_files
 from edgekd.checkpoint import weights_sha256
 from edgekd.errors import EdgekdError, UsageError, unknown
 from edgekd.measurement import cpu, installed
 from edgekd.models.fold import fold
+from edgekd.models.official_decoder import official_component
 from edgekd.models.sam import components
-from edgekd.parity import CHECKS, EXACT, LOSSY, Reference, failure, sound
+from edgekd.parity import CHECKS, EXACT, LOSSY, OFFICIAL, Reference, failure, sound
 from edgekd.probes import COUNTS, KINDS, pictures, probe
 from edgekd.protocols import Component, Exporter, Session
-from edgekd.runtime import ArtifactModel, as_array, open_artifact
+from edgekd.runtime import ArtifactModel, as_array, official_inputs, open_artifact
 
 if TYPE_CHECKING:
     from edgekd.models.sam import Sam
@@ -48,6 +49,7 @@ def candidate_id(student: str, image_size: int, format: str, scheme: str) -> str
 def export_model(
     model: Sam, folder: Path, *, format: str, scheme: str, name: str | None = None, teacher: str | None = None,
     calibration: Calibration | None = None, examples: Any = None, threads: int | None = None, qdq: str = "u8s8", gate: bool = True,
+    decoder_signature: DecoderSignature = "batched",
 ) -> Manifest:
     """Export a promptable model into `folder`, replacing what was there, and return its manifest.
 
@@ -55,30 +57,36 @@ def export_model(
         model: the student as trained; it is not changed.
         name: the artifact's id; by default `candidate_id(...)`.
         calibration: component name -> re-iterable of inputs, for static schemes. A component without an entry stays in fp32.
+            fp16 is searched for overflows on the same inputs, or on the examples.
         examples: (n, 3, S, S) normalised images for the parity check; by default two seeded pictures.
         threads: of the sessions that parity runs on.
         qdq: the activation style of the target, `u8s8` or `s8s8_symmetric`.
+        decoder_signature: `batched` (many prompts in a call) or `sam` (the six inputs of segment-anything's export, one prompt a call).
         gate: False records parity without failing on it (untrained students, exported for their latency).
 
     Raises:
-        UsageError: unknown format or scheme, or no calibration for a static scheme.
+        UsageError: unknown format, scheme or decoder signature, or no calibration for a static scheme.
         EdgekdError: the toolchain is missing or cannot take the model, or the exported file is not the student any more.
     """
     exporter = _ready(format, scheme)
+    if decoder_signature not in get_args(DecoderSignature):
+        raise unknown("decoder signature", decoder_signature, get_args(DecoderSignature))
     if scheme.endswith("_static") and not calibration:
         raise UsageError(f"{scheme} needs calibration images", hint="give a folder of images with --data")
     size = model.preprocess.image_size
     images = as_array(examples) if examples is not None and len(examples) else pictures(2, size, np.random.default_rng(0))
     student = folded(model, images[:1])
-    job = _Job(exporter, scheme, calibration or {}, threads, qdq, gate, Reference(student, images[:4]))
+    official = decoder_signature == "sam"
+    job = _Job(exporter, scheme, calibration or {}, threads, qdq, gate, Reference(student, images[:4]), OFFICIAL if official else CHECKS)
+    exported = components(student) | ({"decoder": official_component(student)} if official else {})
     folder = Path(folder)
     with _staged(folder) as staging:
-        parts = {part.name: job.export(part, staging) for part in components(student).values()}
+        parts = {part.name: job.export(part, staging) for part in exported.values()}
         _refuse_unchanged(parts, format, scheme)
         files = [file for part in parts.values() for file in part.files]
         manifest = Manifest(
             id=name or candidate_id(model.name, size, format, scheme), student=model.name, teacher=teacher, image_size=size,
-            embed_dim=model.embed_dim, format=format, scheme=scheme, components=parts, files=describe_files(staging, files),
+            embed_dim=model.embed_dim, format=format, scheme=scheme, decoder_signature=decoder_signature, components=parts, files=describe_files(staging, files),
             preprocess=PreprocessSpec.of(model.preprocess), versions=installed(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"), source_sha256=weights_sha256(model),
             checked=f"ran here ({cpu()[0]}, {exporter.availability().version}): parity on {', '.join(KINDS)} prompts, {', '.join(map(str, COUNTS))} at a time")
@@ -123,6 +131,7 @@ class _Job:
     qdq: str
     gate: bool
     reference: Reference
+    checks: Mapping[str, Callable[[Session, Reference], dict[str, Any]]]
 
     def export(self, part: Component, staging: Path) -> ArtifactComponent:
         """One component in the scheme asked for, or in fp32 with the reason when the scheme does not take it."""
@@ -139,25 +148,43 @@ class _Job:
 
     def _in(self, part: Component, staging: Path, scheme: str, note: str | None) -> ArtifactComponent:
         path = staging / f"{part.name}{self.exporter.suffix}"
-        files = self.exporter.export(part, path, scheme=scheme, calibration=self.calibration.get(part.name), qdq=self.qdq)
+        files = self.exporter.export(part, path, scheme=scheme, calibration=self._samples(part, scheme), qdq=self.qdq)
         session = self.exporter.open(path, scheme=scheme, threads=self.threads)
         parity = self._compare(part, session, scheme)
         inputs, outputs = signature(part)
-        if scheme in ("fp32", "bf16") and session.executed_precision != scheme:
+        if scheme in ("fp32", "fp16", "bf16") and scheme not in session.executed_precision.split("+"):
             note = f"{note + '; ' if note else ''}asked for {scheme}, and the runtime executes {session.executed_precision}"
         return ArtifactComponent(
             file=path.name, files=[f.name for f in files], inputs=inputs, outputs=outputs, scheme=scheme, parity=parity, note=note,
-            executed_precision=session.executed_precision, executed_ops=session.executed_ops)
+            executed_precision=session.executed_precision, executed_ops=session.executed_ops, kept_fp32=getattr(session, "kept_fp32", {}))
+
+    def _samples(self, part: Component, scheme: str) -> Iterable[Mapping[str, np.ndarray]] | None:
+        """What a component is shown before it is exported: calibration inputs, as its signature takes them."""
+        given = self.calibration.get(part.name)
+        if given is None:
+            return self.reference.samples(part) if scheme == "fp16" else None
+        return _OnePromptEach(given) if "orig_im_size" in part.example else given
 
     def _compare(self, part: Component, session: Session, scheme: str) -> dict[str, Any]:
         limits = EXACT if scheme == "fp32" else LOSSY[part.name]
-        parity = CHECKS[part.name](session, self.reference)
+        parity = self.checks[part.name](session, self.reference)
         reason = failure(parity, limits)
         if reason and (self.gate or not parity["finite"]):
             raise EdgekdError(f"the exported {part.name} is not the student any more in {scheme}: {reason}", where=self.exporter.format,
                               hint="try another format or scheme; the file was not kept")
         return parity | {"passed": reason is None, "limits": {"max_relative": limits.max_relative if scheme == "fp32" else None,
-                                                              "min_mask_iou": limits.min_mask_iou}}
+                                                              "max_abs": limits.max_abs if scheme == "fp32" else None, "min_mask_iou": limits.min_mask_iou}}
+
+
+class _OnePromptEach:
+    """Calibration inputs of the batched decoder, as SAM's own signature takes them: one prompt a sample. Re-iterable."""
+
+    def __init__(self, samples: Iterable[Mapping[str, np.ndarray]]) -> None:
+        self._samples = samples
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        for s in self._samples:
+            yield from official_inputs(s["image_embeddings"], s["point_coords"], s["point_labels"], s["mask_input"], s["has_mask"])
 
 
 def signature(part: Component) -> tuple[list[Tensor], list[Tensor]]:
@@ -175,6 +202,8 @@ def signature(part: Component) -> tuple[list[Tensor], list[Tensor]]:
             for axis, (a, b) in enumerate(zip(before.shape, after.shape, strict=True)):
                 if a != b:
                     described[axis] = symbol
+    if part.name == "decoder" and "orig_im_size" in part.example:
+        outputs[0][2:] = ["height", "width"]  # these follow a value, not a length
     inputs = [Tensor(name=name, dtype=str(t.dtype).removeprefix("torch."),
                      shape=[part.dynamic.get(name, {}).get(axis, n) for axis, n in enumerate(t.shape)]) for name, t in part.example.items()]
     return inputs, [Tensor(name=name, dtype=str(t.dtype).removeprefix("torch."), shape=shape)

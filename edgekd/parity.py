@@ -2,37 +2,44 @@
 
     encoder   embeddings, and the masks that the student's own decoder makes of them
     decoder   masks and predicted IoU for the student's own embeddings
+    proposer  boxes and scores for the student's own embeddings
 
-Masks are compared as users see them (binary, IoU); differences are relative to the reference's range, since a logit has no unit.
+Masks are compared as users see them (binary, IoU). How far numbers may differ is stated once, in `EXACT` and `LOSSY`.
 """
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from edgekd.data.images import Frame
 from edgekd.errors import EdgekdError
 from edgekd.probes import COUNTS, KINDS, Probe, probe
-from edgekd.protocols import Promptable, Session
-from edgekd.runtime import as_array
+from edgekd.protocols import Component, Promptable, Session
+from edgekd.runtime import as_array, official_inputs
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What still counts as the same model: largest difference as a share of the reference's range, and least mask IoU."""
+    """What still counts as the same model: the least mask IoU, and the largest difference, `max_abs` in the outputs' own unit or
+    `max_relative` as a share of the reference's largest value, whichever is more."""
 
     max_relative: float
     min_mask_iou: float
+    max_abs: float = 0.0
 
 
-EXACT = Limits(max_relative=1e-3, min_mask_iou=0.999)
+EXACT = Limits(max_relative=1e-5, min_mask_iou=0.999, max_abs=1e-4)
+"""fp32: within 1e-4 for logits up to 10, within 1e-5 of the largest above that (shipped models: 2e-5 for logits of 20, in both runtimes)"""
 LOSSY = {
     # Below it is broken; whether it is good enough is for the accuracy of the artifact to say.
     "encoder": Limits(max_relative=float("inf"), min_mask_iou=0.5),
     # The decoder carries little of the arithmetic and has the last word on every pixel: at a larger loss fp32 is the better choice.
     "decoder": Limits(max_relative=float("inf"), min_mask_iou=0.9),
+    "proposer": Limits(max_relative=float("inf"), min_mask_iou=0.9),
 }
 """component -> limits of every scheme but fp32"""
 
@@ -69,6 +76,20 @@ class Reference:
             masks, iou = self.model.decode(*(torch.from_numpy(a) for a in (embedding, p.points, p.labels, p.mask_input, p.has_mask)))
         return as_array(masks), as_array(iou)
 
+    def samples(self, part: Component) -> list[dict[str, np.ndarray]]:
+        """Inputs of a component made of the reference's images and probes, for what must be seen at work before it is exported."""
+        if part.name == "encoder":
+            return [{"images": image[None]} for image in self.images]
+        if part.name == "decoder" and "orig_im_size" in part.example:
+            return [one for p in self.probes if len(p.points) == COUNTS[1] for one in self.official(p)]
+        if part.name == "decoder":
+            return [p.inputs(self.embeddings[:1]) for p in self.probes]
+        return [{"image_embeddings": e[None]} for e in self.embeddings]
+
+    def official(self, p: Probe, size: tuple[int, int] = (1, 1)) -> list[dict[str, np.ndarray]]:
+        """The prompts of a probe one by one, as inputs of SAM's own decoder signature."""
+        return list(official_inputs(self.embeddings[:1], p.points, p.labels, p.mask_input, p.has_mask, size))
+
 
 def sound(model: str, what: str, output: np.ndarray) -> None:
     """Raises EdgekdError when an output is NaN, infinite or constant: anything or nothing would agree with it."""
@@ -93,25 +114,80 @@ def encoder_parity(session: Session, reference: Reference) -> dict[str, Any]:
 
 def decoder_parity(session: Session, reference: Reference) -> dict[str, Any]:
     """Every kind of prompt in calls of 1, 5 and 16 prompts on the first image."""
-    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    theirs_all, ours_all, iou_gap = [], [], 0.0
+    kinds: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    iou_gap = 0.0
     for p, (masks, iou) in zip(reference.probes, reference.answers, strict=True):
         out = session.run(p.inputs(reference.embeddings[:1]))
         if out["masks"].shape != masks.shape or out["iou"].shape != iou.shape:
             raise EdgekdError(f"the exported decoder answers {len(masks)} prompts of kind '{p.kind}' with masks {out['masks'].shape} and IoU "
                               f"{out['iou'].shape} instead of {masks.shape} and {iou.shape}", where="decoder")
-        pairs.setdefault(p.kind, []).append((masks, out["masks"]))
-        theirs_all.append(masks.ravel())
-        ours_all.append(out["masks"].ravel())
+        kinds.setdefault(p.kind, []).append((masks, out["masks"]))
         iou_gap = max(iou_gap, float(np.abs(iou - out["iou"]).max()))
-    report: dict[str, Any] = difference(np.concatenate(theirs_all), np.concatenate(ours_all))
-    report["iou_head_max_abs"], report["prompts"] = iou_gap, {}
-    for kind, found in pairs.items():
+    return _by_kind(kinds, iou_gap, COUNTS)
+
+
+def _by_kind(kinds: Mapping[str, list[tuple[np.ndarray, np.ndarray]]], iou_gap: float, counts: tuple[int, ...]) -> dict[str, Any]:
+    """The report on a decoder from (reference, other) masks of every kind of prompt."""
+    prompts: dict[str, Any] = {}
+    for kind, found in kinds.items():
         theirs, ours = [a for a, _ in found], [b for _, b in found]
-        flat = difference(*(np.concatenate([x.ravel() for x in side]) for side in (theirs, ours)))
-        report["prompts"][kind] = flat | {"mask_iou": mask_iou(theirs, ours)}
-    report["counts"] = list(COUNTS)
-    return _summed(report, 1)
+        prompts[kind] = difference(_flat(theirs), _flat(ours)) | {"mask_iou": mask_iou(theirs, ours)}
+    everything = [pair for found in kinds.values() for pair in found]
+    report = difference(_flat([a for a, _ in everything]), _flat([b for _, b in everything]))
+    return _summed(report | {"iou_head_max_abs": iou_gap, "prompts": prompts, "counts": list(counts)}, 1)
+
+
+def _flat(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([a.ravel() for a in arrays])
+
+
+def official_parity(session: Session, reference: Reference) -> dict[str, Any]:
+    """A decoder with SAM's own signature: every kind of prompt, one call a prompt, on photos of several shapes.
+
+    What the caller of that signature sees is compared: masks at the photo's size, predicted IoU, low-resolution masks.
+    """
+    spec = reference.model.preprocess
+    shapes = [(spec.side * 3 // 4, spec.side), (spec.side, spec.side // 2 + 1), (53, 37), (spec.side * 2 // 3, spec.side * 2 // 3)]
+    kinds: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    iou_gap = 0.0
+    for p, (masks, iou) in zip(reference.probes, reference.answers, strict=True):
+        if len(p.points) == COUNTS[-1]:
+            continue  # a call takes one prompt: more of them show nothing new
+        for i, (height, width) in zip(range(len(p.points)), itertools.cycle(shapes)):
+            out = session.run(reference.official(p, (height, width))[i])
+            photo = Frame(height, width, spec.side, spec.fit == "stretch").mask_to_image(masks[i:i + 1])
+            if out["masks"].shape != photo.shape or out["low_res_masks"].shape != masks[:1].shape:
+                raise EdgekdError(f"the exported decoder answers a photo of {height} x {width} with masks {out['masks'].shape} and "
+                                  f"{out['low_res_masks'].shape} instead of {photo.shape} and {masks[:1].shape}", where="decoder")
+            kinds.setdefault(p.kind, []).extend([(photo, out["masks"]), (masks[i:i + 1], out["low_res_masks"])])
+            iou_gap = max(iou_gap, float(np.abs(iou[i] - out["iou_predictions"][0]).max()))
+    return _by_kind(kinds, iou_gap, COUNTS[:1])
+
+
+def proposer_parity(session: Session, reference: Reference) -> dict[str, Any]:
+    """Boxes and scores of every reference image. Boxes have no masks: `mask_iou` is the mean overlap of each box with the student's own."""
+    import torch
+
+    module: Any = reference.model
+    theirs, ours = [], []
+    for embedding in reference.embeddings:
+        with torch.no_grad():
+            boxes, scores = (as_array(x) for x in module.proposer(torch.from_numpy(embedding[None])))
+        out = session.run({"image_embeddings": embedding[None]})
+        theirs.append(np.concatenate([boxes / module.preprocess.side, scores[..., None]], axis=-1))
+        ours.append(np.concatenate([out["boxes"] / module.preprocess.side, out["scores"][..., None]], axis=-1))
+    expected, found = np.concatenate(theirs), np.concatenate(ours)
+    report: dict[str, Any] = difference(expected, found)
+    report["prompts"] = {"proposals": {"mask_iou": box_overlap(expected[..., :4], found[..., :4]), "finite": report["finite"]}}
+    return _summed(report, len(reference.images))
+
+
+def box_overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean IoU of pairs of boxes (..., 4) xyxy; a pair without area agrees."""
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    both = np.prod(np.maximum(sides, 0), axis=-1)
+    either = np.prod(a[..., 2:] - a[..., :2], axis=-1) + np.prod(b[..., 2:] - b[..., :2], axis=-1) - both
+    return float(np.where(either > 1e-9, both / np.maximum(either, 1e-9), 1.0).mean())
 
 
 def difference(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
@@ -126,7 +202,7 @@ def difference(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
 def mask_iou(reference: list[np.ndarray], other: list[np.ndarray]) -> float:
     """IoU of binary masks, pooled over all arrays. Logits are cut at 0, or at the reference's median where that leaves it empty
     or full (an untrained student), so that the figure always means something."""
-    theirs, ours = (np.concatenate([a.ravel() for a in side]) for side in (reference, other))
+    theirs, ours = _flat(reference), _flat(other)
     positive = float((theirs > 0).mean())
     threshold = 0.0 if 1e-3 < positive < 1 - 1e-3 else float(np.median(theirs))
     a, b = theirs > threshold, ours > threshold
@@ -138,8 +214,9 @@ def failure(parity: Mapping[str, Any], limits: Limits) -> str | None:
     """Why a component is not the student any more, or None."""
     if not parity["finite"]:
         return "its output holds NaN or infinity"
-    if parity["max_relative"] > limits.max_relative:
-        return f"its output differs by up to {parity['max_relative']:.2g} of the range (limit {limits.max_relative:g})"
+    if parity["max_abs"] > limits.max_abs and parity["max_relative"] > limits.max_relative:
+        return (f"its output differs by up to {parity['max_abs']:.2g}, {parity['max_relative']:.2g} of the range "
+                f"(limits {limits.max_abs:g} and {limits.max_relative:g}; either will do)")
     kind = min(parity["prompts"], key=lambda k: parity["prompts"][k]["mask_iou"])
     if parity["mask_iou"] < limits.min_mask_iou:
         return f"its masks overlap only {parity['mask_iou']:.4f} with the student's for prompts of kind '{kind}' (limit {limits.min_mask_iou:g})"
@@ -152,5 +229,8 @@ def _summed(report: dict[str, Any], images: int) -> dict[str, Any]:
     return report | {"mask_iou": min(k["mask_iou"] for k in kinds), "finite": report["finite"] and all(k["finite"] for k in kinds), "images": images}
 
 
-CHECKS = {"encoder": encoder_parity, "decoder": decoder_parity}
+CHECKS = {"encoder": encoder_parity, "decoder": decoder_parity, "proposer": proposer_parity}
 """component -> its parity check"""
+
+OFFICIAL = CHECKS | {"decoder": official_parity}
+"""the same for an artifact with SAM's own decoder signature"""

@@ -223,6 +223,9 @@ def with_teacher(run: Run) -> None:
     if not run.options.target.reachable:
         return
     teacher = run.bench.teacher
+    if not isinstance(teacher, Sam):
+        console.warn(f"the teacher {teacher.name} runs in its own library and is not exported, so there is no speed-up to tell")
+        return
     row = CandidateRow(id=TEACHER, student=teacher.name, image_size=teacher.preprocess.image_size, scheme=REFERENCE_SCHEME,
                        format=run.recipe.formats[0], trained=True)
     done = trial.export(run.bench, row, teacher, weights_sha256(teacher))

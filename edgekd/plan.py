@@ -12,12 +12,15 @@ from typing import Any
 from edgekd import students, teachers
 from edgekd.console import duration
 from edgekd.data import open_data
-from edgekd.recipe import Recipe
+from edgekd.distillation.objectives import PER_PROMPT, registry
+from edgekd.recipe import Recipe, Stage
 from edgekd.search.space import Candidate
 from edgekd.target import Target
 
 TRAINING_GMACS_PER_SECOND = 25.0
 """Of a distillation step, forward and backward: repvit_s took 27 s for 40 + 20 steps of the demo on 2 cores with bf16, 2026-11-21."""
+DECODE_GMACS = 0.025  # one prompt at 256 px
+MEASURED_AT = 256
 ARTIFACT_SECONDS = 5.0
 TEACHER_FLOPS_SECONDS = 0.08  # one image of a 10 M parameter teacher at 256 px
 BASE_MEMORY = 1.2e9
@@ -40,7 +43,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The JSON document."""
         return {"plan": {"teacher": self.recipe.teacher, "target": self.target.name, "recipe": self.recipe.name, "data": self.data, "images": self.images,
-                         "candidates": [c.id for c in self.points], "trained_at_most": self.recipe.search.max_trained,
+                         "candidates": [c.id for c in self.points], "trained_at_most": _trained(self.recipe, self.points),
                          "budget": self.recipe.budget.model_dump(exclude_none=True)},
                 "estimate": {"provenance": "predicted", "seconds": self.seconds, "total_seconds": sum(self.seconds.values()),
                              "memory_bytes": self.memory_bytes, "disk_bytes": self.disk_bytes}, "notes": self.notes}
@@ -50,9 +53,9 @@ class Plan:
         budget = ", ".join(f"{k} {v:g}" for k, v in self.recipe.budget.model_dump(exclude_none=True).items() if isinstance(v, float)) or "none"
         lines = [f"plan: {self.recipe.teacher} -> {self.target.name} ({self.target.description}), recipe {self.recipe.name}",
                  f"  data        {self.data}: {'not there yet' if self.images is None else f'{self.images} images'}",
-                 f"  budget      {budget}", f"  candidates  {len(self.points)}, of which at most {self.recipe.search.max_trained} students are trained"]
+                 f"  budget      {budget}", f"  candidates  {len(self.points)}; students trained at most: {_trained(self.recipe, self.points)}"]
         lines += [f"    {c.id}" for c in self.points]
-        lines += ["  stages      " + ", ".join(f"{s.name} ({s.steps} steps of {s.batch_size})" for s in self.recipe.stages)]
+        lines += ["  stages      " + ", ".join(f"{s.name} ({s.steps} steps of {s.batch_size * s.accumulate})" for s in self.recipe.stages)]
         lines += ["  estimate    (predicted) " + ", ".join(f"{k} {duration(v)}" for k, v in self.seconds.items()),
                   f"              total {duration(sum(self.seconds.values()))}, memory {self.memory_bytes / 1e9:.1f} GB, disk {self.disk_bytes / 1e6:.0f} MB"]
         return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
@@ -73,8 +76,8 @@ def make_plan(recipe: Recipe, target: Target, data: str, points: Sequence[Candid
     if not target.reachable:
         notes.append(f"the device cannot be measured from here ({target.device.how}); the verdict would be 'unverified'")
     macs = max(_gmacs(c) for c in points)
-    trained = min(recipe.search.max_trained, len({(c.student, c.image_size) for c in points}))
-    work = sum(s.steps * s.batch_size * (3 * macs + (0.05 * s.instances if s.decode_iters else 0)) for s in recipe.stages)
+    trained = _trained(recipe, points)
+    work = sum(s.steps * s.batch_size * s.accumulate * _image_gmacs(s, macs, size) for s in recipe.stages)
     extra = sum(len(open_data(spec)) for spec in recipe.data.extra)
     per_image = TEACHER_FLOPS_SECONDS * params / 10 * (size / 256) ** 2
     exported = trained * len({(c.format, c.scheme) for c in points}) + len({(c.student, c.image_size) for c in points})
@@ -85,5 +88,19 @@ def make_plan(recipe: Recipe, target: Target, data: str, points: Sequence[Candid
                 BASE_MEMORY + params * 1e6 * 4 * 2 + 60e6 * max(s.batch_size for s in recipe.stages), (images + extra) * embedding + exported * 12e6, notes)
 
 
+def _trained(recipe: Recipe, points: Sequence[Candidate]) -> int:
+    """Students that are trained at most."""
+    return min(recipe.search.max_trained, len({(c.student, c.image_size) for c in points}))
+
+
 def _gmacs(candidate: Candidate) -> float:
-    return float(students.describe(candidate.student, image_size=candidate.image_size)["gmacs"])
+    """Of the encoder, measured at MEASURED_AT and scaled by pixels: exact for convolutions and windows, and a 1024 px model needs no minute."""
+    size = min(candidate.image_size, MEASURED_AT)
+    return float(students.describe(candidate.student, image_size=size)["gmacs"]) * (candidate.image_size / size) ** 2
+
+
+def _image_gmacs(stage: Stage, encoder: float, side: int) -> float:
+    """What one image of a step costs: backward is twice the forward, and a frozen encoder has none."""
+    prompted = any(o.name in registry() and registry()[o.name].needs & PER_PROMPT for o in stage.objectives)
+    decodes = (stage.decode_iters + 1) * stage.instances if prompted else 0
+    return (3 if "encoder" in stage.trainable else 1) * encoder + decodes * DECODE_GMACS * (side / 256) ** 2

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgekd import console
@@ -111,12 +113,14 @@ def yaml_files(package: str) -> dict[str, Traversable]:
 
 
 def factory(reference: str) -> Any:
-    """The object that `module:name` names.
+    """The object that `module:name` names; the module may lie in the working directory, as for `python -m`.
 
     Raises:
         EdgekdError: the module cannot be imported or has no such name.
     """
     module, _, name = reference.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:  # the console script, unlike `python -m`, leaves it out
+        sys.path.append(str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as e:

@@ -64,23 +64,61 @@ class ObjectiveRef(Settings):
     options: dict[str, Any] = {}
 
 
+class Prompting(Settings):
+    """How an instance is prompted while training: the first prompt, and the clicks that correct the answer."""
+
+    box_share: Fraction = Field(default=0.5, ge=0, le=1)
+    """Boxes among the first prompts; the others are clicks."""
+    coin: Literal["prompt", "batch"] = "prompt"
+    """What box or click is drawn for: every prompt alone, or all of a batch together (EdgeSAM, EfficientViT-SAM)."""
+    jitter: float = Field(default=0.1, ge=0)
+    """Noise of a box's corners as a share of its side, at most 20 px of a 1024 px frame (SAM)."""
+    clicks: tuple[int, int] = (1, 1)
+    """Fewest and most positive points of a click prompt."""
+    central: Fraction = Field(default=0.5, ge=0, le=1)
+    """Share of the click prompts whose first point is far inside the mask; the other points fall anywhere in it."""
+    corrected_by: Literal["teacher", "data"] = "teacher"
+    """Whose mask the answer is compared with to find the next click: the teacher's answer, or the mask that the prompt was drawn from."""
+    fewest_errors: int = Field(default=1, ge=1)
+    """With fewer wrong cells of the mask logits than this there is no click (EdgeSAM: 10)."""
+
+    @field_validator("clicks")
+    @classmethod
+    def _from_to(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= value[0] <= value[1]:
+            raise ValueError(f"it should be [fewest, most] with 1 <= fewest <= most, not {list(value)}")
+        return value
+
+
 class Stage(Settings):
     """One training phase."""
 
     name: str
     objectives: list[ObjectiveRef] = Field(min_length=1)
-    trainable: list[Literal["encoder", "decoder"]] = Field(default=["encoder"], min_length=1)
+    trainable: list[Literal["encoder", "decoder", "prompt_encoder", "proposer"]] = Field(default=["encoder"], min_length=1)
+    """What learns; the rest is frozen, its batch norms too. A student without a box proposer gets one where it is to be trained."""
     steps: int = Field(ge=1)
+    """Optimizer steps. From epochs: epochs x images / (batch_size x accumulate)."""
     batch_size: int = Field(default=8, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    """Batches whose gradients are added up for one step, where a paper's batch does not fit into memory."""
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """Both spare biases and norms the weight decay; Adam adds it to the gradient, AdamW to the weights."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     lr: float = Field(default=1e-3, gt=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: down to `min_lr` at the last step, or `lr` to the end."""
     min_lr: float = Field(default=1e-5, ge=0)
     warmup: int = Field(default=20, ge=0)
     weight_decay: float = Field(default=0.05, ge=0)
     clip: float = Field(default=1.0, gt=0)
     instances: int = Field(default=16, ge=1)
-    """Prompted masks per image, at most."""
+    """Prompted masks per image, drawn with replacement."""
+    prompts: Prompting = Prompting()
     decode_iters: int = Field(default=1, ge=0)
     """Corrective clicks after the first prompt."""
+    random_iters: bool = False
+    """Draw the number of corrective clicks from 0 to `decode_iters` at every step (TinySAM)."""
     mask_feedback: Fraction = Field(default=0.5, ge=0, le=1)
     """Share of the prompts that carry the last answer as a mask prompt along with the next click, as SAM's do (EdgeSAM's never do)."""
     precision: Literal["bf16", "fp32", "auto"] = "auto"

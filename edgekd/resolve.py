@@ -1,5 +1,5 @@
-"""Wherever a model is expected: a teacher or student name, a checkpoint, an exported artifact, a run, a baseline, a Hugging Face
-folder or hub id, or `module:factory`.
+"""Wherever a model is expected: a teacher or student name, a checkpoint, a published weight file, an exported artifact, a run, a
+baseline, a Hugging Face folder or hub id, or `module:factory`.
 """
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from edgekd.errors import EdgekdError, UsageError, unknown
 if TYPE_CHECKING:
     from edgekd.models.sam import Sam
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-KINDS = ("a teacher or student (edgekd list models), a checkpoint, an artifact or run folder, baseline/disc, a Hugging Face folder or hub id, "
-         "or module:factory")
+KINDS = ("a teacher or student (edgekd list models), a checkpoint, a published weight file (.pth, .pt, .safetensors), an artifact or run folder, "
+         "baseline/disc, a Hugging Face folder or hub id, or module:factory")
 
 
 def load_model(reference: str | Path, *, threads: int | None = None) -> Any:
@@ -47,28 +46,31 @@ def load_torch(reference: str | Path) -> Sam:
         UsageError: nothing is known by that name, or it is not a torch model (an artifact).
     """
     from edgekd import students, teachers
+    from edgekd.teachers import huggingface
+    from edgekd.zoo.files import SUFFIXES
 
     text, path = str(reference), Path(reference).expanduser()
     if checkpoint.is_checkpoint(path):
         return checkpoint.load(path)
-    if path.is_dir() and (path / "config.json").is_file():
+    if teachers.is_weights(text):
         return teachers.load(text)
     if path.exists():
         if artifact_folder(path) is not None:
             raise UsageError("this is an exported artifact, and the verb needs a model with weights", where=path,
                              hint="name the checkpoint it was made from; a run keeps it in checkpoints/")
         raise UsageError("this is no model", where=path, hint=f"a model is {KINDS}")
+    base = re.split(r"[:-]", text)[0]
+    if base in students.names() and (text not in teachers.names() or students.weights_path(text, 256) is not None):
+        return shipped_student(text)
     if text in teachers.names():
         return teachers.load(text)
-    if re.split(r"[:-]", text)[0] in students.names():
-        return shipped_student(text)
     if re.fullmatch(r"[\w.]+:\w+", text):
         return plugins.factory(text)()
-    if checkpoint.SUFFIX in text or text.startswith((".", "/", "~")):
+    if text.startswith((".", "/", "~")) or (text.endswith(SUFFIXES) and text.count("/") < 2):
         raise UsageError(f"there is no model at {text}", hint=f"a model is {KINDS}")
-    if HUB_ID.fullmatch(text):
+    if huggingface.is_hub(text):
         return teachers.load(text)
-    raise unknown("model", text, [*teachers.names(), *students.names(), *_baselines()])
+    raise unknown("model", text, {*teachers.names(), *students.names(), *_baselines()})
 
 
 def shipped_student(name: str, image_size: int = 256) -> Sam:

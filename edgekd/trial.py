@@ -15,6 +15,7 @@ from edgekd.ledger import Ledger, Result
 from edgekd.models.sam import Sam
 from edgekd.profiling.profile import Profile, profile_many
 from edgekd.protocols import Dataset
+from edgekd.quantization import schemes
 from edgekd.quantization.calibration import DecoderCalibration, EncoderCalibration
 from edgekd.recipe import Recipe
 from edgekd.report.schema import Accuracy, Agreement, CandidateRow, ComponentRow
@@ -68,7 +69,7 @@ def export(bench: Bench, row: CandidateRow, student: Sam, source: str) -> Candid
         source: digest of the student's weights; an artifact made from others is made again.
     """
     folder = bench.artifact(row.id)
-    needs = "w8a8_static" in row.scheme
+    needs = schemes.get(row.scheme).looks_at_inputs
     key = fingerprint([source, row.id, row.trained, bench.target.qdq(row.format), bench.calibration.fingerprint() if needs else None])
     known = bench.ledger.known("export", key)
     if known and (known["status"] == "failed" or _whole(folder)):
@@ -91,7 +92,8 @@ def _whole(folder: Path) -> bool:
 
 def _export(bench: Bench, row: CandidateRow, student: Sam, folder: Path) -> Result:
     photos = EncoderCalibration(bench.calibration, student.preprocess, limit=bench.recipe.quantization.calibration_images)
-    calibration: exporting.Calibration | None = {"encoder": photos, "decoder": DecoderCalibration(photos, student)} if row.scheme.endswith("_static") else None
+    calibration: exporting.Calibration | None = {"encoder": photos, "decoder": DecoderCalibration(photos, student)} \
+        if schemes.get(row.scheme).looks_at_inputs else None
     try:
         exporting.export_model(student, folder, format=row.format, scheme=row.scheme, name=row.id, teacher=bench.teacher.name, calibration=calibration,
                                threads=bench.threads, qdq=bench.target.qdq(row.format), gate=row.trained)

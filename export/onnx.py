@@ -1,7 +1,8 @@
 """ONNX files, run by onnxruntime: the format of the core install, and the way into the other runtimes.
 
-    float graph    torch.export -> ONNX opset 18 (dynamo) -> onnxslim -> checked; kept in memory by content, so that three
-                   schemes and two formats of one component capture it once
+    float graph    torch.export -> ONNX opset 18 (dynamo) -> onnxslim -> checked; kept by content, so that the schemes and
+                   formats of one component capture it once; weights above 2 GB lie beside the graph
+    fp16           everything that real inputs show to fit; the rest stays in fp32 and is named (`_half.py`); float32 in and out
     w8a8_static    QDQ, 8-bit activations and per-channel weights, on the operators that carry the arithmetic only
                    (quantizing softmax and normalisation wrecks attention models)
     w8_dynamic     8-bit weights of MatMul and Gemm, activations quantized at run time; a graph without them is refused
@@ -12,18 +13,23 @@ TensorRT and mobile delegates, which also refuse quantized biases.
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import logging
+import os
+import shutil
 import tempfile
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.export._half import KEPT, convert, module_of, name_layers, overflowing
+
 from edgekd.errors import EdgekdError, UsageError, first_line, unknown
 from edgekd.protocols import Availability, Component, package_version
-from edgekd.workspace import atomic_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 
 OPSET = 18
 KEPT_GRAPHS = 8
+FLOAT16 = 10  # onnx.TensorProto.FLOAT16, without importing it
 ARITHMETIC = ("Conv", "MatMul", "Gemm")  # what is worth quantizing
 INTEGER_OPS = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm",
                "DynamicQuantizeLSTM", "QAttention"}
@@ -40,24 +47,33 @@ QDQ_STYLES = {
     "s8s8_symmetric": {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
 }
 
-_graphs: OrderedDict[str, bytes] = OrderedDict()
+LARGE = 1_800_000_000
+"""bytes of weights from which they are kept outside of the graph (ViT-H: 2.5e9)"""
+
+_graphs: OrderedDict[str, tempfile.TemporaryDirectory[str]] = OrderedDict()
 
 
-def float_graph(component: Component) -> onnx.ModelProto:
-    """The component as a slimmed, checked fp32 ONNX graph; the same content is captured only once per process.
+def float_file(component: Component) -> Path:
+    """The component as a slimmed, checked fp32 ONNX file, its weights beside it when they do not fit into one; not to be changed.
+    The same content is captured only once per process.
 
     Raises:
         EdgekdError: the component cannot be captured, with the toolchain's reason.
     """
-    import onnx
-
     key = content_key(component)
     if key not in _graphs:
-        _graphs[key] = _capture(component).SerializeToString()
+        _graphs[key] = _capture(component)
         while len(_graphs) > KEPT_GRAPHS:
-            _graphs.popitem(last=False)
+            _graphs.popitem(last=False)[1].cleanup()
     _graphs.move_to_end(key)
-    return onnx.load_from_string(_graphs[key])
+    return Path(_graphs[key].name) / "float.onnx"
+
+
+def float_graph(component: Component) -> onnx.ModelProto:
+    """`float_file` read into memory: the caller's own."""
+    import onnx
+
+    return onnx.load(float_file(component))
 
 
 def content_key(component: Component) -> str:
@@ -68,15 +84,20 @@ def content_key(component: Component) -> str:
         digest.update(repr((name, type(module).__module__, type(module).__qualname__, module.extra_repr(), sorted(plain.items(), key=str))).encode())
     for name, tensor in [*component.module.named_parameters(), *component.module.named_buffers()]:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)  # fp32 is hashed in place, without a copy
     example = {k: (tuple(v.shape), str(v.dtype)) for k, v in component.example.items()}
     digest.update(repr((example, component.outputs, {k: dict(v) for k, v in component.dynamic.items()})).encode())
     return digest.hexdigest()
 
 
-def _capture(component: Component) -> onnx.ModelProto:
+def is_large(component: Component) -> bool:
+    """Whether the weights must lie beside the graph: one protobuf message holds 2 GiB, and the graph needs room too."""
+    return sum(t.numel() * t.element_size() for t in [*component.module.parameters(), *component.module.buffers()]) > LARGE
+
+
+def _capture(component: Component) -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder with `float.onnx` (and `float.onnx.data`)."""
     import onnx
-    import onnxslim
     import torch
 
     if component.module.training:
@@ -84,18 +105,67 @@ def _capture(component: Component) -> onnx.ModelProto:
                           hint="call .eval() first")
     # By position: the names of a component's inputs need not be those of its forward().
     shapes = tuple(dict(component.dynamic[k]) if component.dynamic.get(k) else None for k in component.example)
+    folder = tempfile.TemporaryDirectory(prefix="edgekd-")
+    file = Path(folder.name) / "float.onnx"
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 component.module, tuple(component.example.values()), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
                 input_names=list(component.example), output_names=list(component.outputs), dynamic_shapes=shapes if component.dynamic else None)
             assert program is not None  # dynamo=True without a file always returns the program
-            graph = onnxslim.slim(program.model_proto)
-        onnx.checker.check_model(graph)
+            modules = {n.name or "": module_of(n.metadata_props.get("pkg.torch.onnx.name_scopes", "")) for n in program.model.graph}
+            _slim(program, file, large=is_large(component))
+        skeleton = onnx.load(file, load_external_data=False)
+        name_layers(skeleton.graph, modules)
+        _name_axes(skeleton.graph)
+        onnx.save(skeleton, file)
+        onnx.checker.check_model(str(file))  # by path: it reads weights that lie beside the graph
     except Exception as e:  # torch, onnxscript and onnxslim raise dozens of kinds: all mean that it cannot be captured
+        folder.cleanup()
         raise EdgekdError(f"the component cannot be captured as ONNX: {first_line(e.__cause__ or e)}", where=component.name,
                           hint="run with a module that torch.export accepts; `TORCH_LOGS=export` shows where it stopped") from e
-    return graph
+    return folder
+
+
+def _slim(program: Any, file: Path, *, large: bool) -> None:
+    """Write the optimised graph of a torch program; a large one goes through files only, never through one message."""
+    import onnx
+    import onnxslim
+
+    if not large:
+        onnx.save(onnxslim.slim(program.model_proto), file)
+        return
+    raw = file.with_name("raw.onnx")
+    program.save(str(raw), external_data=True)
+    with redirect_stdout(io.StringIO()):  # given a file to write it prints a table; stdout is for our data
+        onnxslim.slim(str(raw), str(file), save_as_external_data=True)
+    for leftover in file.parent.glob("raw.onnx*"):
+        leftover.unlink()
+
+
+def _name_axes(graph: onnx.GraphProto) -> None:
+    """Axes whose length depends on an input's values come out as `u0`, `u1`: they are named after their output."""
+    for value in graph.output:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_param.startswith("u") and dim.dim_param[1:].isdigit():
+                dim.dim_param = f"{value.name}_{axis}"
+
+
+def _write(model: onnx.ModelProto, target: Path, *, large: bool) -> list[Path]:
+    """Save a graph, its weights in a second file when it is large; what was written."""
+    import onnx
+
+    if not large:
+        onnx.save(model, target)
+        return [target]
+    onnx.save(model, target, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{target.name}.data")
+    return _written(target)
+
+
+def _written(target: Path) -> list[Path]:
+    """The graph and, unless all its tensors are so small that they stay in it, the file of its weights."""
+    data = target.with_name(f"{target.name}.data")
+    return [target, data] if data.exists() else [target]
 
 
 class OnnxExporter:
@@ -104,7 +174,7 @@ class OnnxExporter:
     format = "onnx"
     suffix = ".onnx"
     extra: str | None = None
-    schemes: tuple[str, ...] = ("fp32", "w8a8_static", "w8_dynamic")
+    schemes: tuple[str, ...] = ("fp32", "fp16", "w8a8_static", "w8_dynamic")
 
     def availability(self) -> Availability:
         """Whether onnx, onnxruntime, onnxscript and onnxslim are installed."""
@@ -114,22 +184,23 @@ class OnnxExporter:
         return Availability(True, version=f"onnxruntime {package_version('onnxruntime')}")
 
     def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
-        """Write the component as one `.onnx` file (see `edgekd.protocols.Exporter.export`)."""
-        import onnx
+        """Write the component as `.onnx`, with `.onnx.data` beside it above 2 GB (see `edgekd.protocols.Exporter.export`).
 
+        `fp16` takes `calibration` too: the inputs that are searched for what overflows.
+        """
         if scheme not in self.schemes:
             raise unknown("onnx scheme", scheme, self.schemes)
         if qdq not in QDQ_STYLES:
             raise unknown("QDQ style", qdq, QDQ_STYLES)
-        if scheme == "w8a8_static" and calibration is None:
-            raise UsageError("w8a8_static needs calibration images", where=component.name, hint="give a folder of images with --data")
-        graph = float_graph(component)
-        with atomic_path(Path(path)) as temp:
-            if scheme == "fp32":
-                onnx.save(graph, temp)
-            else:
-                _quantize(graph, temp, component, scheme, calibration, qdq)
-        return [Path(path)]
+        if scheme in ("w8a8_static", "fp16") and calibration is None:
+            raise UsageError(f"{scheme} needs calibration images", where=component.name, hint="give a folder of images with --data")
+        source, path = float_file(component), Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
+            files = _export(component, source, Path(folder) / path.name, scheme, calibration, qdq)
+            for file in files[::-1]:  # the graph, which makes it a model, last
+                os.replace(file, path.with_name(file.name))
+        return [path.with_name(f.name) for f in files]
 
     def open(self, path: Path, *, scheme: str, threads: int | None = None) -> OnnxSession:
         """A session on the CPU with `threads` threads (None: onnxruntime's own choice)."""
@@ -144,7 +215,7 @@ class OnnxSession:
         self._session = self._start()
         self._inputs = [i.name for i in self._session.get_inputs()]
         self._outputs = [o.name for o in self._session.get_outputs()]
-        self._ops: dict[str, int] | None = None
+        self._graph: onnx.ModelProto | None = None
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Inputs the graph does not use (an export may drop one) are left out."""
@@ -154,21 +225,33 @@ class OnnxSession:
     @property
     def executed_ops(self) -> dict[str, int]:
         """Operators of the graph as onnxruntime optimised it for this CPU, most frequent first."""
-        if self._ops is None:
-            import onnx
-
-            with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-                optimised = Path(folder) / "optimised.onnx"
-                self._start(optimised)
-                self._ops = dict(Counter(n.op_type for n in onnx.load(optimised).graph.node).most_common())
-        return self._ops
+        return dict(Counter(n.op_type for n in self._optimised().graph.node).most_common())
 
     @property
     def executed_precision(self) -> str:
-        """`fp32`, `int8`, or `int8+fp32` when arithmetic of both kinds is left."""
-        integer = any(op in INTEGER_OPS for op in self.executed_ops)
-        floating = any(op in FLOAT_OPS for op in self.executed_ops)
-        return "int8+fp32" if integer and floating else "int8" if integer else "fp32"
+        """`fp32`, `fp16`, `int8`, or e.g. `int8+fp32` when arithmetic of both kinds is left."""
+        graph = self._optimised().graph
+        types = {v.name: v.type.tensor_type.elem_type for v in [*graph.value_info, *graph.input]} | {t.name: t.data_type for t in graph.initializer}
+        floats = [types.get(n.input[1]) for n in graph.node if n.op_type in FLOAT_OPS and len(n.input) > 1]
+        found = {"int8": any(n.op_type in INTEGER_OPS for n in graph.node), "fp16": any(t == FLOAT16 for t in floats)}
+        found["fp32"] = any(t != FLOAT16 for t in floats) or not any(found.values())
+        return "+".join(name for name, there in found.items() if there)
+
+    @property
+    def kept_fp32(self) -> dict[str, str]:
+        """Layers of an fp16 file that stay in fp32 -> why, as written into it."""
+        return dict(json.loads(self._session.get_modelmeta().custom_metadata_map.get(KEPT, "{}")))
+
+    def _optimised(self) -> onnx.ModelProto:
+        """The graph that is executed, without its weights."""
+        if self._graph is None:
+            import onnx
+
+            with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+                file = Path(folder) / "optimised.onnx"
+                self._start(file)
+                self._graph = onnx.load(file, load_external_data=False)
+        return self._graph
 
     def _start(self, optimised: Path | None = None) -> Any:
         import onnxruntime as ort
@@ -178,42 +261,62 @@ class OnnxSession:
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads or 0, 1
         if optimised:
             options.optimized_model_filepath = str(optimised)
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{optimised.name}.data")
+            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         try:
             return ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
         except Exception as e:  # onnxruntime's exceptions share no base class
             raise EdgekdError(f"onnxruntime cannot open the file: {first_line(e)}", where=self._path, hint="export the model again") from e
 
 
-def _quantize(graph: onnx.ModelProto, target: Path, component: Component, scheme: str, calibration: Any, qdq: str) -> None:
-    """Write the int8 form of `graph` to `target`. Raises EdgekdError when there is nothing to quantize or a step fails."""
+def _export(component: Component, source: Path, target: Path, scheme: str, calibration: Any, qdq: str) -> list[Path]:
+    """Write one scheme of the float graph in `source` to `target`; what was written, the graph first."""
+    import onnx
+
+    if scheme == "fp32" and not is_large(component):
+        shutil.copyfile(source, target)
+        return [target]
+    if scheme == "fp32":
+        return _write(onnx.load(source), target, large=True)
+    if scheme == "fp16":
+        half = convert(source, overflowing(source, calibration))
+        return _write(half, target, large=sum(len(t.raw_data) for t in half.graph.initializer) > LARGE)
+    _quantize(source, target, component, scheme, calibration, qdq)
+    return _written(target)
+
+
+def _quantize(source: Path, target: Path, component: Component, scheme: str, calibration: Any, qdq: str) -> None:
+    """Write the int8 form of a float graph to `target`. Raises EdgekdError when there is nothing to quantize or a step fails."""
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    nodes = quantizable(graph, dynamic=scheme == "w8_dynamic")
+    large = is_large(component)
+    nodes = quantizable(onnx.load(source, load_external_data=False), dynamic=scheme == "w8_dynamic")
     if not nodes:
         kinds = "MatMul or Gemm with constant weights" if scheme == "w8_dynamic" else "Conv, MatMul or Gemm with constant weights"
         raise EdgekdError(f"nothing to quantize: {scheme} works on {kinds}, and the graph has none", where=component.name,
                           hint="use w8a8_static for convolutional models" if scheme == "w8_dynamic" else "use fp32")
     try:
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder, _quiet():
-            plain, ready = str(Path(folder) / "plain.onnx"), str(Path(folder) / "ready.onnx")
-            onnx.save(graph, plain)  # by file: given a graph in memory, quant_pre_process looks for its weights in a file it removed
-            quant_pre_process(plain, ready, skip_symbolic_shape=True)
+            ready = str(Path(folder) / "ready.onnx")
+            # From a file: given a graph in memory, quant_pre_process looks for its weights in a file it removed.
+            quant_pre_process(str(source), ready, skip_symbolic_shape=True, save_as_external_data=large, all_tensors_to_one_file=large)
             if scheme == "w8_dynamic":  # by kind, not by name: each Gemm is first renamed into a MatMul, and only constant weights are taken
-                quantize_dynamic(ready, str(target), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8)
+                quantize_dynamic(ready, str(target), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8,
+                                 use_external_data_format=large)
             else:
-                kept = {n.name for n in onnx.load(ready).graph.node}
+                kept = {n.name for n in onnx.load(ready, load_external_data=False).graph.node}
                 nodes = [n for n in nodes if n in kept] or nodes  # an empty list would mean every node
                 activation = QuantType.QUInt8 if qdq == "u8s8" else QuantType.QInt8
                 quantize_static(ready, str(target), _Reader(calibration), quant_format=QuantFormat.QDQ, op_types_to_quantize=list(ARITHMETIC),
                                 nodes_to_quantize=nodes, per_channel=True, activation_type=activation, weight_type=QuantType.QInt8,
-                                calibrate_method=CalibrationMethod.MinMax, extra_options=dict(QDQ_STYLES[qdq]))
+                                use_external_data_format=large, calibrate_method=CalibrationMethod.MinMax, extra_options=dict(QDQ_STYLES[qdq]))
     except EdgekdError:
         raise
     except Exception as e:  # the quantizer raises ValueError, RuntimeError, KeyError and onnxruntime's own
         raise EdgekdError(f"onnxruntime cannot quantize the component: {first_line(e)}", where=component.name, hint="use fp32") from e
-    written = Counter(n.op_type for n in onnx.load(target).graph.node)
+    written = Counter(n.op_type for n in onnx.load(target, load_external_data=False).graph.node)
     if not (written["QuantizeLinear"] or written["DynamicQuantizeLinear"]):
         raise EdgekdError("the quantizer left every operator in float", where=component.name, hint="use fp32")
 

@@ -2,6 +2,8 @@
 
     fp32          weights as they are, executed in f32. The hint is set: on CPUs with bf16 units OpenVINO would use bf16 silently
     bf16          the same file, executed in bf16; refused where the CPU has no such arithmetic
+    fp16          weights in 16 bits, executed in f16 where the CPU has such arithmetic and in f32 elsewhere; layers that real inputs
+                  show to overflow (`_half.py`) keep fp32 in both
     w8a8_static   NNCF post-training quantization, everything else in f32
 
 What was really executed is read back from the compiled model, layer by layer.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import tempfile
@@ -18,15 +21,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.export._half import KEPT, Kept, by_layer, overflowing
+from edgekd.export.onnx import float_file
+
 from edgekd.errors import EdgekdError, UsageError, first_line, unknown
 from edgekd.protocols import Availability, Component, package_version
 
 if TYPE_CHECKING:
     import numpy as np
 
-HINTS = {"fp32": "f32", "bf16": "bf16", "w8a8_static": "f32"}
+HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "w8a8_static": "f32"}
 PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
 ARITHMETIC = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deconvolution", "ScaledDotProductAttention"}
+PRECISE = "precise_0"
+"""OpenVINO's mark of what 16-bit execution and compression leave alone"""
 FIX = 'pip install "edgekd[openvino]"'
 
 
@@ -49,24 +57,27 @@ class OpenVinoExporter:
         """Write `path` and the `.bin` beside it (see `edgekd.protocols.Exporter.export`). OpenVINO picks its own QDQ style."""
         if scheme not in self.schemes:
             raise unknown("openvino scheme", scheme, self.schemes)
-        if scheme == "w8a8_static" and calibration is None:
-            raise UsageError("w8a8_static needs calibration images", where=component.name, hint="give a folder of images with --data")
+        if scheme in ("w8a8_static", "fp16") and calibration is None:
+            raise UsageError(f"{scheme} needs calibration images", where=component.name, hint="give a folder of images with --data")
         _openvino()
         if scheme == "bf16":
             _require_bf16()
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-            model = _read(component, Path(folder))
+            model = _read(component)
             if scheme == "w8a8_static":
                 model = _quantize(model, component, calibration)
-            return _save(model, path, Path(folder))
+            if scheme == "fp16":
+                model = _keep(model, overflowing(float_file(component), calibration), Path(folder))
+            return _save(model, path, Path(folder), half=scheme == "fp16")
 
     def open(self, path: Path, *, scheme: str, threads: int | None = None) -> OpenVinoSession:
         """A session on the CPU with `threads` threads (None: OpenVINO's own choice)."""
         if scheme == "bf16":
             _require_bf16()
-        return OpenVinoSession(Path(path), HINTS[scheme], threads)
+        hint = HINTS[scheme] if scheme != "fp16" or "FP16" in _capabilities() else "f32"  # elsewhere f16 would become bf16, which is not what was asked
+        return OpenVinoSession(Path(path), hint, threads)
 
 
 class OpenVinoSession:
@@ -81,7 +92,7 @@ class OpenVinoSession:
             self._compiled = ov.Core().compile_model(str(path), "CPU", config)
         except RuntimeError as e:
             raise EdgekdError(f"OpenVINO cannot open the file: {first_line(e)}", where=path, hint="export the model again") from e
-        self._request = self._compiled.create_infer_request()
+        self._path, self._request = path, self._compiled.create_infer_request()
         self._inputs = [i.any_name for i in self._compiled.inputs]
         self._outputs = [o.any_name for o in self._compiled.outputs]
 
@@ -103,26 +114,47 @@ class OpenVinoSession:
         found = Counter(PRECISIONS.get(precision, precision) for kind, precision in self._layers() if kind in ARITHMETIC)
         return "+".join(sorted(found, key=lambda p: (p != "int8", -found[p]))) or "fp32"
 
+    @property
+    def kept_fp32(self) -> dict[str, str]:
+        """Layers of an fp16 file that stay in fp32 -> why, as written into it."""
+        model = _openvino().Core().read_model(str(self._path))
+        return dict(json.loads(model.get_rt_info([KEPT]).astype(str))) if model.has_rt_info([KEPT]) else {}
+
     def _layers(self) -> Iterator[tuple[str, str]]:
         """(layer type, precision) of every layer that is executed."""
         for op in self._compiled.get_runtime_model().get_ordered_ops():
             info = op.get_rt_info()
-            kind, precision = (str(info[k].astype(str)) if k in info else "" for k in ("layerType", "runtimePrecision"))
+            kind, precision, primitive = (str(info[k].astype(str)) if k in info else "" for k in ("layerType", "runtimePrecision", "primitiveType"))
+            if precision == "f16":  # the plugin reports the weights' type there; its kernel's name ends in what it computes in
+                precision = primitive.rsplit("_", 1)[-1]
             if kind and kind not in ("Input", "Output", "Const", "Constant"):
                 yield kind, precision
 
 
-def _read(component: Component, folder: Path) -> Any:
+def _read(component: Component) -> Any:
     """The component as an OpenVINO model, through its float ONNX graph (half the time of reading the torch program)."""
-    import onnx
-    from edgekd.export.onnx import float_graph
-
-    file = folder / "float.onnx"
-    onnx.save(float_graph(component), file)
     try:
-        return _openvino().Core().read_model(str(file))
+        return _openvino().Core().read_model(str(float_file(component)))
     except RuntimeError as e:
         raise EdgekdError(f"OpenVINO cannot read the component: {first_line(e)}", where=component.name) from e
+
+
+def _keep(model: Any, kept: list[Kept], folder: Path) -> Any:
+    """The model with the operators of `kept` ONNX nodes marked: neither their weights nor their execution becomes 16-bit.
+
+    A mark set from Python is text; read back from a file it is the attribute that OpenVINO's own passes look for.
+    """
+    names = {k.node for k in kept}
+    for op in model.get_ordered_ops():
+        if op.get_friendly_name().split("/")[0] in names:
+            for marked in (op, *(i.get_source_output().get_node() for i in op.inputs())):
+                if marked is op or marked.get_type_name() == "Constant":
+                    marked.get_rt_info()[PRECISE] = ""
+    if kept:
+        model.set_rt_info(json.dumps(by_layer(kept)), [KEPT])
+    marked_file = folder / "marked.xml"
+    _openvino().save_model(model, str(marked_file), compress_to_fp16=False)
+    return _openvino().Core().read_model(str(marked_file))
 
 
 def _quantize(model: Any, component: Component, calibration: Any) -> Any:
@@ -153,10 +185,10 @@ def list_length(calibration: Any) -> int:
     return max(1, len(calibration) if hasattr(calibration, "__len__") else sum(1 for _ in calibration))
 
 
-def _save(model: Any, path: Path, folder: Path) -> list[Path]:
+def _save(model: Any, path: Path, folder: Path, *, half: bool = False) -> list[Path]:
     """Both files appear under their names only when whole; the `.xml`, which makes it a model, last."""
     temp = folder / path.name
-    _openvino().save_model(model, str(temp), compress_to_fp16=False)
+    _openvino().save_model(model, str(temp), compress_to_fp16=half)
     written = []
     for file in (temp.with_suffix(".bin"), temp):
         os.replace(file, path.with_name(file.name))
@@ -172,8 +204,12 @@ def _openvino() -> Any:
     return openvino
 
 
+def _capabilities() -> list[str]:
+    return list(_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
 def _require_bf16() -> None:
-    capabilities = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    capabilities = _capabilities()
     if "BF16" not in capabilities:
         raise EdgekdError(f"this CPU has no bf16 arithmetic for OpenVINO (it offers {', '.join(capabilities)})", hint="use fp32 or w8a8_static")
 

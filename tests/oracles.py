@@ -4,14 +4,23 @@
 """
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from edgekd.protocols import BOX_TOP_LEFT, POSITIVE, Preprocess, Sample
+from edgekd.tasks import rle
 
 STEP = 25
 
@@ -115,3 +124,65 @@ class TorchOracle(nn.Module):
         assert not self.training and torch.is_inference_mode_enabled()
         masks, iou = self._oracle.decode(embedding.numpy(), points.numpy(), labels.numpy())
         return torch.from_numpy(masks) * self.scale, torch.from_numpy(iou)
+
+
+def rectangle(x: int, y: int, w: int, h: int, side: int = 64) -> np.ndarray:
+    mask = np.zeros((side, side), bool)
+    mask[y:y + h, x:x + w] = True
+    return mask
+
+
+def write_coco(tmp_path: Path, photos: list[list[dict[str, Any]]], *, categories: tuple[int, ...] = (1, 18), side: int = 64, **record: Any) -> Path:
+    """A COCO json; each instance: `box` (x, y, w, h) filled, `category_id`, more."""
+    images, annotations = [], []
+    for i, rows in enumerate(photos):
+        masks = [rectangle(*r["box"], side=side) for r in rows]
+        shown = np.stack([m for m, r in zip(masks, rows, strict=True) if not r.get("iscrowd")] or [np.zeros((side, side), bool)])
+        Image.fromarray(painted(shown)).save(tmp_path / f"{i}.png")
+        images.append({"id": 70 + i, "file_name": f"{i}.png", "height": side, "width": side, **record})
+        for r, m in zip(rows, masks, strict=True):
+            annotations.append({"category_id": categories[0], "iscrowd": 0, **r, "id": len(annotations), "image_id": 70 + i, "area": int(m.sum()),
+                                "bbox": list(r["box"]), "segmentation": rle.encode(m[None])[0]})
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": c, "name": str(c)} for c in categories]}))
+    return path
+
+
+def coco_scene(rng: np.random.Generator, photos: int, categories: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
+    """Random instances, crowds among them, and random masks found, many of them near an instance. No two scores are the same."""
+    scores = iter(rng.permutation(4000) / 4000)
+    truth, found = [], []
+    for _ in range(photos):
+        own, its = [], []
+        for _ in range(rng.integers(0, 5)):
+            x, y = rng.integers(0, 100, 2)
+            w, h = rng.integers(8, 100, 2)
+            mask = rectangle(x, y, w, h, 200)
+            category, crowd = int(rng.choice(categories)), int(rng.random() < 0.15)
+            own.append({"segmentation": rle.encode(mask[None])[0], "area": int(mask.sum()), "iscrowd": crowd, "category_id": category})
+            for _ in range(rng.integers(0, 4)):
+                near = rectangle(max(0, x + rng.integers(-6, 7)), max(0, y + rng.integers(-6, 7)), w, h, 200)
+                its.append({"segmentation": rle.encode(near[None])[0], "area": int(near.sum()), "score": float(next(scores)),
+                            "category_id": category if rng.random() < 0.8 else int(rng.choice(categories))})
+        truth.append(own)
+        found.append(its)
+    return truth, found
+
+
+def by_pycocotools(truth: list[Any], found: list[Any], *, use_cats: int = 1) -> np.ndarray:
+    """The twelve numbers of COCOeval, run as its manual says."""
+    def flat(photos: list[Any]) -> list[dict[str, Any]]:
+        rows = [{**copy.deepcopy(r), "image_id": i + 1} for i, own in enumerate(photos) for r in own]
+        return [{"iscrowd": 0, **r, "id": n + 1} for n, r in enumerate(rows)]
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        index = COCO()
+        index.dataset = {"images": [{"id": i + 1, "height": 200, "width": 200} for i in range(len(truth))], "annotations": flat(truth),
+                         "categories": [{"id": c} for c in sorted({r["category_id"] for own in truth for r in own})]}
+        index.createIndex()
+        run = COCOeval(index, index.loadRes(flat(found)), "segm")
+        run.params.useCats = use_cats
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return np.asarray(run.stats)

@@ -79,3 +79,15 @@ def test_saving_again_replaces_whole(tmp_path):
     fake_artifact(tmp_path, teacher="two")
     assert Manifest.load(tmp_path).teacher == "two"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["decoder.onnx", "encoder.onnx", "manifest.json"]
+
+
+def test_manifests_from_before_other_decoder_signatures_still_load(tmp_path):
+    fake_artifact(tmp_path)
+    path = tmp_path / "manifest.json"
+    document = json.loads(path.read_text())
+    del document["decoder_signature"], document["components"]["encoder"]["kept_fp32"]
+    path.write_text(json.dumps(document))
+    assert Manifest.load(tmp_path).decoder_signature == "batched" and Manifest.load(tmp_path).components["encoder"].kept_fp32 == {}
+    path.write_text(json.dumps(document | {"decoder_signature": "samx"}))
+    with pytest.raises(EdgekdError, match="manifest cannot be read"):
+        Manifest.load(tmp_path)

@@ -11,6 +11,7 @@ import torch
 
 from edgekd import checkpoint, students
 from edgekd.errors import EdgekdError
+from edgekd.models.proposer import BoxProposer
 from edgekd.models.sam import Sam
 from edgekd.protocols import Preprocess
 
@@ -95,6 +96,28 @@ def test_load_into__names_what_does_not_fit(saved: Path) -> None:
         checkpoint.load_into(wider, saved)
 
 
-def test_is_checkpoint__by_name(saved: Path, tmp_path: Path) -> None:
+def test_is_checkpoint__ours_even_damaged_and_nobody_elses(saved: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(2)}, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
     assert checkpoint.is_checkpoint(saved)
-    assert not checkpoint.is_checkpoint(tmp_path) and not checkpoint.is_checkpoint(tmp_path / "no.safetensors")
+    assert not any(checkpoint.is_checkpoint(tmp_path / n) for n in (".", "no.safetensors", "theirs.safetensors", "plain.safetensors"))
+    saved.write_bytes(saved.read_bytes()[:100])
+    assert checkpoint.is_checkpoint(saved), "so that it is refused as a damaged one"
+
+
+def test_proposer__is_kept_and_added_where_there_is_none(tmp_path: Path) -> None:
+    def build() -> Sam:
+        return students.build("repvit_xs:width=0.25,depth=0.25", image_size=64, embed_dim=32).eval()
+
+    model = build()
+    model.proposer = BoxProposer(32, width=16, depth=1)
+    path = checkpoint.save(model.eval(), tmp_path / "p.safetensors")
+    embedding, empty = torch.randn(1, 32, 4, 4), build()
+    checkpoint.load_into(empty, path)
+    for again in (checkpoint.load(path), empty):
+        assert again.proposer is not None
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(again.proposer(embedding), model.proposer(embedding), strict=True))
+    assert checkpoint.load(checkpoint.save(build(), tmp_path / "q.safetensors")).proposer is None

@@ -67,6 +67,41 @@ def test_first_prompts__boxes_and_clicks_share_a_batch() -> None:
     assert mask[0, ::4, ::4][clicks[:, 1], clicks[:, 0]].all()
 
 
+def test_first_prompts__one_coin_for_the_batch() -> None:
+    mask = square(64, 8, 40, 12, 50).expand(30, 64, 64)
+    seen = set()
+    for seed in range(12):
+        _, labels = first_prompts(mask, mask[:, ::4, ::4], 0.5, torch.Generator().manual_seed(seed), together=True)
+        kinds = set(labels[:, 0].tolist())
+        assert len(kinds) == 1
+        seen |= kinds
+    assert seen == {BOX_TOP_LEFT, POSITIVE}
+
+
+def test_first_prompts__several_clicks_all_in_the_mask() -> None:
+    mask = square(64, 8, 40, 12, 50).expand(300, 64, 64)
+    points, labels = first_prompts(mask, mask[:, ::4, ::4], 0.3, torch.Generator().manual_seed(0), clicks=(2, 5), central=0.0)
+    assert points.shape == (300, 5, 2) and labels.shape == (300, 5)
+    as_box = labels[:, 0] == BOX_TOP_LEFT
+    assert (labels[as_box] == torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, ABSENT, ABSENT, ABSENT])).all()
+    counts = (labels[~as_box] == POSITIVE).sum(1)
+    assert set(counts.tolist()) == {2, 3, 4, 5}
+    at = cells(points[~as_box][labels[~as_box] == POSITIVE])
+    assert mask[0, ::4, ::4][at[:, 1], at[:, 0]].all()
+
+
+def test_first_prompts__a_box_without_noise_is_the_mask_s_own() -> None:
+    mask = square(64, 8, 40, 12, 50)
+    points, _ = first_prompts(mask, mask[:, ::4, ::4], 1.0, jitter=0.0)
+    assert points.tolist() == boxes(mask).tolist()
+
+
+def test_error_click__fewer_wrong_cells_than_asked_for_is_absent() -> None:
+    truth, prediction = square(16, 0, 4, 0, 4), square(16, 0, 4, 0, 2)  # 8 cells are missing
+    for fewest, wanted in ((8, POSITIVE), (9, ABSENT)):
+        assert error_click(prediction, truth, generator=torch.Generator().manual_seed(0), fewest=fewest)[1].item() == wanted
+
+
 def test_error_click__positive_on_what_is_missing_negative_on_what_is_too_much() -> None:
     truth, prediction = square(16, 0, 4, 0, 4), square(16, 0, 4, 2, 6)
     seen = set()

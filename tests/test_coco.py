@@ -1,4 +1,4 @@
-"""COCO json: three kinds of segmentation, our decoder against known strings, and where images are looked for."""
+"""COCO and LVIS json: three kinds of segmentation, our decoder against pycocotools, where images are looked for, and what is refused."""
 from __future__ import annotations
 
 import json
@@ -8,27 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as pycoco
 
 from edgekd.data import Coco, open_data
-from edgekd.data.coco import decode_segmentation, decompress_counts, fill_polygon, runs_to_mask
+from edgekd.data.coco import decode_segmentation, decompress_counts, fill_polygons, runs_to_mask
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.protocols import Dataset
 
 HEIGHT, WIDTH = 20, 30
 
 
-def compress(counts: list[int]) -> str:
-    """The encoder of the published format, for round trips."""
-    out = []
-    for i, count in enumerate(counts):
-        value = count - (counts[i - 2] if i > 2 else 0)
-        more = True
-        while more:
-            bits = value & 0x1F
-            value >>= 5
-            more = value != -1 if bits & 0x10 else value != 0
-            out.append(chr((bits | (0x20 if more else 0)) + 48))
-    return "".join(out)
+def compress(mask: np.ndarray) -> str:
+    """By pycocotools."""
+    return pycoco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
 
 
 def runs(mask: np.ndarray) -> list[int]:
@@ -59,7 +51,7 @@ POLYGON = {"id": 1, "image_id": 7, "segmentation": [[2, 3, 12, 3, 12, 9, 2, 9]],
 
 def test_polygon_rle_and_compressed_rle_give_the_same_mask(tmp_path: Path) -> None:
     mask = rectangle(2, 3, 12, 9)
-    kinds = [POLYGON["segmentation"], {"size": [HEIGHT, WIDTH], "counts": runs(mask)}, {"size": [HEIGHT, WIDTH], "counts": compress(runs(mask))}]
+    kinds = [POLYGON["segmentation"], {"size": [HEIGHT, WIDTH], "counts": runs(mask)}, {"size": [HEIGHT, WIDTH], "counts": compress(mask)}]
     path = write(tmp_path, [{"id": i, "image_id": 7, "segmentation": s} for i, s in enumerate(kinds)])
     data = Coco(path)
     assert isinstance(data, Dataset) and data.has_masks and len(data) == 2 and data.skipped == []
@@ -77,12 +69,25 @@ def test_decompress_known_string() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_compressed_round_trip(seed: int) -> None:
+def test_run_lengths_are_read_as_pycocotools_writes_them(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    mask = rng.random((HEIGHT * 9, WIDTH * 9)) < rng.choice([0.001, 0.05, 0.5])
-    counts = runs(mask)
-    assert decompress_counts(compress(counts)) == counts
-    assert np.array_equal(decode_segmentation({"size": list(mask.shape), "counts": compress(counts)}, *mask.shape), mask)
+    mask = rng.random((HEIGHT * 9, WIDTH * 9)) < rng.choice([0.0, 0.001, 0.05, 0.5, 1.0])
+    assert decompress_counts(compress(mask)) == runs(mask)
+    for counts in (compress(mask), runs(mask)):
+        assert np.array_equal(decode_segmentation({"size": list(mask.shape), "counts": counts}, *mask.shape), mask)
+
+
+@pytest.mark.parametrize("counts", ["zz", "5", "53:", "53:3o", "\n\n", "5" + "o" * 20 + "1", [3, -3, 20], [3, 5], "é", 7, None, [[1]]])
+def test_damaged_run_lengths_are_refused(counts: object) -> None:
+    with pytest.raises(UsageError, match="run"):
+        decode_segmentation({"size": [4, 6], "counts": counts}, 4, 6)
+
+
+@pytest.mark.parametrize("segmentation", [{"size": [4, 6]}, {"counts": [24]}, {"size": 4, "counts": [24]}, 3, "x", [3], [["a"] * 6], [[0, 1, 2, 3, 4, 5, 6]],
+                                          [[0, 0, 1e9, 0, 1e9, 1e9]], [[0, 0, float("nan"), 0, 3, 3]]])
+def test_other_segmentations_are_refused(segmentation: object) -> None:
+    with pytest.raises(UsageError, match=r"polygon|run"):
+        decode_segmentation(segmentation, 4, 6)
 
 
 def test_runs_of_another_size_are_refused() -> None:
@@ -90,17 +95,23 @@ def test_runs_of_another_size_are_refused() -> None:
         runs_to_mask([3, 5], 4, 4)
 
 
-def test_polygons_fill_pixel_centres() -> None:
-    assert np.array_equal(fill_polygon(np.array([[2, 3], [12, 3], [12, 9], [2, 9]], float), HEIGHT, WIDTH), rectangle(2, 3, 12, 9))
-    assert fill_polygon(np.array([[2.4, 3.4], [3.6, 3.4], [3.6, 4.6], [2.4, 4.6]]), HEIGHT, WIDTH).sum() == 4
-    assert fill_polygon(np.array([[2.6, 3.6], [3.4, 3.6], [3.4, 4.4], [2.6, 4.4]]), HEIGHT, WIDTH).sum() == 0
-    beyond = fill_polygon(np.array([[-5, -5], [99, -5], [99, 99], [-5, 99]], float), HEIGHT, WIDTH)
-    assert beyond.all()
+def test_polygons_are_drawn_as_coco_draws_them() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        polygons = [(rng.uniform(-3, 1, (5, 2)) + rng.uniform(2, 30, (5, 2))).ravel().round(2).tolist() for _ in range(2)]
+        expected = pycoco.decode(pycoco.merge(pycoco.frPyObjects(polygons, HEIGHT, WIDTH))).astype(bool)
+        assert np.array_equal(decode_segmentation(polygons, HEIGHT, WIDTH), expected)
+
+
+def test_polygons_fill_what_they_enclose() -> None:
+    assert np.array_equal(fill_polygons([[2, 3, 12, 3, 12, 9, 2, 9]], HEIGHT, WIDTH), rectangle(2, 3, 12, 9))
+    assert fill_polygons([[-5, -5, 99, -5, 99, 99, -5, 99]], HEIGHT, WIDTH).all()
+    assert not fill_polygons([], HEIGHT, WIDTH).any() and not fill_polygons([[1, 1, 9, 9]], HEIGHT, WIDTH).any()
 
 
 def test_polygon_area_of_a_circle() -> None:
     angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
-    mask = fill_polygon(np.stack([50 + 40 * np.cos(angle), 50 + 40 * np.sin(angle)], axis=1), 100, 100)
+    mask = fill_polygons([np.stack([50 + 40 * np.cos(angle), 50 + 40 * np.sin(angle)], axis=1).ravel().tolist()], 100, 100)
     assert mask.sum() == pytest.approx(np.pi * 1600, rel=0.005)
     assert mask[50, 50] and not mask[5, 5]
 
@@ -115,8 +126,11 @@ def test_several_polygons_are_one_mask_and_a_concave_one_stays_concave() -> None
 def test_crowds_and_empty_masks_are_left_out(tmp_path: Path) -> None:
     path = write(tmp_path, [POLYGON, {**POLYGON, "id": 2, "iscrowd": 1}, {**POLYGON, "id": 3, "segmentation": [[1.6, 1.6, 1.8, 1.6, 1.8, 1.8]]},
                             {"id": 4, "image_id": 7, "bbox": [0, 0, 5, 5]}])
-    masks = Coco(path)[0].masks
+    data = Coco(path)
+    masks = data[0].masks
     assert masks is not None and len(masks) == 1
+    assert [a["id"] for a in data.annotations(0)] == [1, 2, 3] and data.annotations(1) == []  # for COCO's AP, which ignores crowds itself
+    assert not Coco(write(tmp_path / "crowd", [{**POLYGON, "iscrowd": 1}])).has_masks
 
 
 @pytest.mark.parametrize(("json_at", "images_at"), [("x", "x"), ("x", "x/images"), ("x/annotations", "x"), ("x/annotations", "x/images"),
@@ -165,6 +179,70 @@ def test_without_masks_and_without_annotations(tmp_path: Path) -> None:
     assert not unread.has_masks and unread[0].masks is None and unread.fingerprint() != open_data(path).fingerprint()
     bare = open_data(write(tmp_path / "bare", []))
     assert not bare.has_masks and bare[0].masks is None
+
+
+def lvis(tmp_path: Path, *, split: str = "val2017") -> Path:
+    """An LVIS json: no file names but addresses, and the categories that were looked for in vain."""
+    path = write(tmp_path / "annotations", [{"id": 1, "image_id": 7, "category_id": 3, "area": 60, "segmentation": POLYGON["segmentation"]}],
+                 images=tmp_path / split, name="lvis_v1_val.json")
+    data = json.loads(path.read_text())
+    data["images"] = [{**{k: v for k, v in r.items() if k != "file_name"}, "coco_url": f"http://images.cocodataset.org/{split}/{r['file_name']}",
+                       "neg_category_ids": [5], "not_exhaustive_category_ids": [3]} for r in data["images"]]
+    data["categories"] = [{"id": 3, "name": "spoon", "frequency": "r"}, {"id": 5, "name": "fork"}]
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize("split", ["val2017", "train2017"])
+def test_lvis_has_addresses_instead_of_names(tmp_path: Path, split: str) -> None:
+    data = open_data(lvis(tmp_path, split=split))
+    assert isinstance(data, Coco) and [s.id for s in data] == ["one.png", "two.png"] and data.categories == {3: "spoon", 5: "fork"}
+    masks = data[0].masks
+    assert masks is not None and np.array_equal(masks, rectangle(2, 3, 12, 9)[None])
+    assert data.record(0)["neg_category_ids"] == [5] and data.annotations(0)[0]["category_id"] == 3
+
+
+@pytest.mark.parametrize("given", ["elsewhere", "elsewhere/val2017"])
+def test_images_in_a_folder_of_the_users(tmp_path: Path, given: str) -> None:
+    path = lvis(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "val2017").rename(tmp_path / "elsewhere/val2017")
+    with pytest.raises(UsageError, match="none of the 2 images"):
+        Coco(path)
+    assert len(open_data(path, images=tmp_path / given)) == 2
+    with pytest.raises(UsageError, match="no folder"):
+        open_data(path, images=tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="json only"):
+        open_data(tmp_path / "elsewhere", images=tmp_path / given)
+
+
+def test_a_limit_stops_at_so_many_readable_images(tmp_path: Path) -> None:
+    path = write(tmp_path, [POLYGON])
+    data = open_data(path, limit=1)
+    assert len(data) == 1 and data.name == "instances[:1]" and data.fingerprint() != open_data(path).fingerprint()
+    (tmp_path / "one.png").write_bytes(b"broken")
+    later = open_data(path, limit=1)
+    assert [s.id for s in later] == ["two.png"] and later.skipped[0].startswith("one.png")
+
+
+def test_what_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
+    wrong = {"id": 4, "image_id": 7, "segmentation": {"size": [HEIGHT, 3], "counts": [60]}}
+    with pytest.raises(UsageError, match=r"run-length[\s\S]*annotation 4"):
+        Coco(write(tmp_path, [wrong]))
+    path = write(tmp_path, [{**POLYGON, "category_id": 8}])
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "categories": [{"id": 1, "name": "x"}]}))
+    with pytest.raises(UsageError, match="category 8"):
+        Coco(path)
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    with pytest.raises(UsageError, match="names no images"):
+        Coco(path)
+    path.write_text(json.dumps([{"image_id": 7, "bbox": [0, 0, 1, 1], "score": 1.0, "category_id": 1}]))
+    with pytest.raises(UsageError, match=r"list of detections[\s\S]*--boxes"):
+        Coco(path)
+    damaged = Coco(write(tmp_path, [{"id": 6, "image_id": 7, "segmentation": {"size": [HEIGHT, WIDTH], "counts": "5"}}]))
+    with pytest.raises(UsageError, match=r"run[\s\S]*annotation 6"):
+        damaged[0]
 
 
 def test_fingerprint_follows_the_json(tmp_path: Path) -> None:

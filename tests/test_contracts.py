@@ -7,6 +7,7 @@ import torch
 from edgekd import catalogue, plugins, recipe, students, target, teachers
 from edgekd.distillation import objectives
 from edgekd.distillation.objectives import Context, Outputs
+from edgekd.models.proposer import SLOTS
 from edgekd.models.sam import components
 from edgekd.protocols import Availability, Promptable
 from edgekd.quantization import schemes
@@ -39,12 +40,13 @@ def test_schemes__each_is_written_by_some_exporter() -> None:
 @pytest.mark.parametrize("name", students.names())
 def test_student__keeps_the_embedding_contract(name: str) -> None:
     model = students.build(f"{name}:width=0.25,depth=0.25", image_size=S, embed_dim=E).eval()
-    assert isinstance(model, Promptable)
+    side = model.preprocess.side
+    assert isinstance(model, Promptable) and side in (S, 2 * S)
     with torch.no_grad():
         embedding = model.embed(torch.zeros(2, 3, S, S))
-        masks, iou = model.decode(embedding[:1], torch.full((P, 2, 2), S / 2), torch.ones(P, 2))
-    assert embedding.shape == (2, E, S // 16, S // 16)
-    assert masks.shape == (P, 4, S // 4, S // 4) and iou.shape == (P, 4)
+        masks, iou = model.decode(embedding[:1], torch.full((P, 2, 2), side / 2), torch.ones(P, 2))
+    assert embedding.shape == (2, E, side // 16, side // 16)
+    assert masks.shape == (P, 4, side // 4, side // 4) and iou.shape == (P, 4)
     assert set(components(model)) == {"encoder", "decoder"}
 
 
@@ -77,26 +79,36 @@ def test_teachers__that_ship_weights_are_frozen_and_promptable() -> None:
 
 
 def outputs(seed: int) -> Outputs:
+    """All four masks of a prompt are alike, so that any of them may be the one that learns; all proposals of an image are one box."""
     generator = torch.Generator().manual_seed(seed)
-    return Outputs(embedding=torch.randn(2, E, 4, 4, generator=generator), masks=torch.randn(2 * P, 4, 16, 16, generator=generator),
-                   iou=torch.rand(2 * P, 4, generator=generator))
+    box = torch.tensor([[16.0, 16.0, 48.0, 48.0]]) if seed == 2 else torch.tensor([[2.0, 4.0, 20.0, 30.0]])
+    cells = len(SLOTS) * (S // 16) ** 2
+    return Outputs(embedding=torch.randn(2, E, S // 16, S // 16, generator=generator), iou=torch.rand(2 * P, 4, generator=generator),
+                   masks=torch.randn(2 * P, 1, S // 4, S // 4, generator=generator).repeat(1, 4, 1, 1), tokens=torch.randn(2 * P, 5, E, generator=generator),
+                   proposals=(box.repeat(2, cells, 1), torch.full((2, cells), 0.5)))
 
 
 def context() -> Context:
-    return Context(valid=torch.ones(2, 1, 4, 4), valid_prompts=torch.ones(2 * P, 16, 16), single=torch.tensor([1.0, 0.0] * P))
+    """Its truth is what `outputs(2)` says."""
+    told = outputs(2)
+    assert told.masks is not None and told.proposals is not None
+    truth = (told.masks[:, 0] > 0).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    return Context(valid=torch.ones(2, 1, S // 4, S // 4), valid_prompts=torch.ones(2 * P, S // 4, S // 4), single=torch.tensor([1.0, 0.0] * P), truth=truth,
+                   boxes=[told.proposals[0][0, :1]] * 2, side=S, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", objectives.names())
 def test_objective__describes_itself(name: str) -> None:
     found = objectives.describe(name)
-    assert found["family"] and found["paper"] and set(found["needs"]) <= {"embedding", "masks", "iou"} and found["needs"]
+    assert found["family"] and found["paper"] and set(found["needs"]) <= objectives.NEEDS and found["needs"]
 
 
 @pytest.mark.parametrize("name", objectives.names())
 def test_objective__is_per_sample_finite_and_has_a_gradient(name: str) -> None:
     objective = objectives.build(name, {})
     student, teacher = outputs(1), outputs(2)
-    leaves = [t.requires_grad_() for t in (student.embedding, student.masks, student.iou) if t is not None]
+    given = (student.embedding, student.masks, student.iou, student.tokens, *(student.proposals or ()))
+    leaves = [t.requires_grad_() for t in given if t is not None]
     loss = objective(student, teacher, context())
     assert loss.ndim == 1 and len(loss) in (2, 2 * P) and torch.isfinite(loss).all() and (loss >= 0).all()
     loss.mean().backward()

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from edgekd.data.scenes import Scenes
-from edgekd.distillation import objectives
 from edgekd.distillation.batches import Batches, Source, label_map
 from edgekd.distillation.cache import build_cache
-from edgekd.distillation.objectives import Context, Outputs
-from edgekd.distillation.schedule import cosine, decay_groups
-from edgekd.distillation.trainer import StageTrainer, train_stages
+from edgekd.distillation.prompting import ask, tapped, token_module
+from edgekd.distillation.schedule import cosine, decay_groups, rate
+from edgekd.distillation.trainer import StageTrainer, instance_boxes, train_stages
+from edgekd.distillation.verbs import new_student
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.models.sam import DecoderShape, Sam
 from edgekd.protocols import Preprocess, Sample
@@ -52,7 +52,20 @@ def trainer(student: Sam, teacher: Sam, source: Source, folder: Path, **changes:
     return StageTrainer(student, teacher, stage(**changes), Batches([source], student.preprocess, 3, 0), folder / "state.pt")
 
 
-@pytest.mark.parametrize("changes", [{}, PROMPTS, {"ema": 0.5}, {"precision": "bf16"}], ids=["encoder", "prompts", "ema", "bf16"])
+def objective(name: str, **options: object) -> dict:
+    return {"name": name, "options": options}
+
+
+TOKENS = PROMPTS | {"objectives": [objective("feature_l1"), objective("decoder_tokens"), objective("hard_masks")], "trainable": ["encoder"], "optimizer": "adam",
+                    "decode_iters": 2, "random_iters": True, "prompts": {"corrected_by": "data"}}
+TRUTH = PROMPTS | {"objectives": [objective("point_masks", side=16), objective("truth_masks")], "trainable": ["encoder", "prompt_encoder", "decoder"],
+                   "decode_iters": 0, "prompts": {"coin": "batch", "clicks": [1, 4], "central": 0.0, "jitter": 0.0}}
+BOXES = {"objectives": [objective("box_proposals")], "trainable": ["proposer"]}
+HUBER = {"objectives": [objective("feature_huber", delta=0.5)], "optimizer": "adam", "schedule": "constant", "accumulate": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, PROMPTS, {"ema": 0.5}, {"precision": "bf16"}, TOKENS, TRUTH, BOXES, HUBER],
+                         ids=["encoder", "prompts", "ema", "bf16", "tokens", "truth", "boxes", "huber"])
 def test_run__the_loss_falls(teacher: Sam, source: Source, tmp_path: Path, changes: dict) -> None:
     result = trainer(model(1, 8), teacher, source, tmp_path, **changes).run()
     losses = [r["loss"] for r in result.curve]
@@ -70,12 +83,42 @@ def test_run__only_what_the_stage_names_is_trained(teacher: Sam, source: Source,
     assert changed == {"encoder", "mask_decoder"}, "the prompt encoder stays the teacher's"
 
 
-@pytest.mark.parametrize("changes", [{}, PROMPTS | {"ema": 0.9}], ids=["encoder", "prompts"])
+def test_run__a_box_proposer_is_made_and_nothing_else_moves(teacher: Sam, source: Source, tmp_path: Path) -> None:
+    student = model(1, 8)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    trainer(student, teacher, source, tmp_path, **BOXES, steps=2).run()
+    after = student.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items()), "batch norms of the frozen encoder included"
+    assert student.proposer is not None and {k.split(".")[0] for k in after} == {"encoder", "prompt_encoder", "mask_decoder", "proposer"}
+
+
+def test_run__gradients_of_several_batches_add_up_to_those_of_one(teacher: Sam, source: Source, tmp_path: Path) -> None:
+    weights = []
+    for batch_size, accumulate in ((6, 1), (3, 2)):
+        student = model(1, 8)
+        one = StageTrainer(student, teacher, stage(steps=2, accumulate=accumulate, frozen_norm=True), Batches([source], student.preprocess, batch_size, 0),
+                           tmp_path / f"{batch_size}.pt")
+        one.run()
+        weights.append(torch.cat([p.flatten() for p in student.encoder.parameters()]))
+    assert torch.allclose(*weights, atol=1e-4)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"trainable": ["encoder", "decoder"]}, "trains the decoder"), (PROMPTS | {"trainable": ["encoder", "proposer"]}, "trains the proposer"),
+    ({"objectives": [{"name": "box_proposals"}]}, "proposes no boxes"),
+])
+def test_trainer__a_part_that_nothing_reaches_is_refused(teacher: Sam, source: Source, tmp_path: Path, changes: dict, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        trainer(model(1, 8), teacher, source, tmp_path, **changes)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("changes", [{}, PROMPTS | {"ema": 0.9}, TRUTH, BOXES | {"accumulate": 2}], ids=["encoder", "prompts", "truth", "boxes"])
 def test_run__killed_and_resumed_equals_one_run(teacher: Sam, source: Source, tmp_path: Path, changes: dict) -> None:
     whole = model(1, 8)
     trainer(whole, teacher, source, tmp_path / "whole", **changes, steps=8).run()
     first = trainer(model(1, 8), teacher, source, tmp_path / "cut", **changes, steps=8)
-    first.student.train()
+    first.set_modes()
     for _ in range(5):
         first.result.curve.append(first.train_step())
     first.save()
@@ -132,6 +175,74 @@ def test_a_smaller_student_learns_from_a_larger_teacher(teacher: Sam, source: So
         assert np.isfinite([r["loss"] for r in result.curve]).all()
 
 
+class Foreign(torch.nn.Module):
+    """A teacher as those of another library: further channels, a decoder of its own that takes one image, no parts of ours."""
+
+    def __init__(self, inner: Sam) -> None:
+        super().__init__()
+        self.name, self.embed_dim, self.preprocess, self.inner = "foreign", inner.embed_dim, inner.preprocess, inner
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        inner = self.inner.embed(images)
+        return torch.cat([inner, 100 + inner[:, :5]], dim=1)
+
+    def decode(self, embedding: torch.Tensor, *prompts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        assert embedding.shape[:2] == (1, 37)
+        return self.inner.decode(embedding[:, :32], *prompts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{}, PROMPTS | {"instances": 2}], ids=["encoder", "prompts"])
+def test_a_foreign_teacher__keeps_its_channels_in_the_cache_and_teaches(teacher: Sam, tmp_path: Path, changes: dict) -> None:
+    foreign, scenes = Foreign(teacher).eval(), Scenes(seed=4, count=4, size=64)
+    made = build_cache(foreign, scenes, tmp_path / "cache")  # type: ignore[arg-type]
+    assert made.embedding(0).shape == (37, 4, 4)
+    result = trainer(model(1, 8), foreign, Source(scenes, made), tmp_path, **changes).run()  # type: ignore[arg-type]
+    losses = [r["loss"] for r in result.curve]
+    assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:5]) and max(losses) < 50
+
+
+def test_a_foreign_teacher__has_no_tokens_and_no_decoder_to_lend(teacher: Sam, source: Source, tmp_path: Path) -> None:
+    foreign = Foreign(teacher)
+    with pytest.raises(UsageError, match="no decoder tokens"):
+        trainer(model(1, 8), foreign, source, tmp_path, **TOKENS)  # type: ignore[arg-type]
+    student, start = new_student("repvit_xs", 64, foreign)  # type: ignore[arg-type]
+    assert student.embed_dim == 32 and student.preprocess.image_size == 64
+    assert start.startswith("random weights, the decoder's too") and "foreign" in start
+
+
+def test_new_student__takes_the_teacher_s_decoder_and_its_frame(teacher: Sam) -> None:
+    student, start = new_student("efficientvit_sam_l0:width=0.25,depth=0.25", 32, teacher)
+    assert (student.preprocess.image_size, student.preprocess.side) == (32, 64)
+    assert torch.equal(student.mask_decoder.iou_token.weight, teacher.mask_decoder.iou_token.weight) and "teacher's own decoder" in start
+    student, _ = new_student("repvit_xs", 64, Sam("s", torch.nn.Identity(), SHAPE, Preprocess(128, fit="stretch")))
+    assert student.preprocess.fit == "stretch", "it sees photos as its teacher does"
+
+
+def test_ask__one_call_for_a_batch_equals_one_for_each_image(teacher: Sam) -> None:
+    torch.manual_seed(0)
+    embedding, points, labels = torch.randn(2, 32, 4, 4), torch.rand(6, 2, 2) * 64, torch.tensor([[1.0, 0.0]]).repeat(6, 1)
+    whole, parts = ask(teacher, embedding, points, labels, None, None, tokens=True), [
+        ask(teacher, embedding[i : i + 1], points[3 * i : 3 * i + 3], labels[:3], None, None, tokens=True) for i in range(2)]
+    assert whole.tokens is not None and whole.tokens.shape == (6, 5, 32) and whole.masks is not None
+    assert torch.allclose(whole.tokens, torch.cat([p.tokens for p in parts]), atol=1e-5)  # type: ignore[list-item]
+    assert torch.allclose(whole.masks, torch.cat([p.masks for p in parts]), atol=1e-4)  # type: ignore[list-item]
+
+
+def test_tapped__sees_calls_within_the_context_only(teacher: Sam) -> None:
+    linear = torch.nn.Linear(2, 2)
+    with tapped(linear) as seen:
+        linear(torch.zeros(1, 2))
+    linear(torch.zeros(1, 2))
+    assert len(seen) == 1 and token_module(linear) is None and token_module(teacher) is teacher.mask_decoder.transformer
+
+
+def test_instance_boxes__are_the_edges_of_each_instance() -> None:
+    labels = torch.zeros(2, 16, 16, dtype=torch.int16)
+    labels[0, 2:5, 3:10], labels[0, 8:9, 8:9], labels[0, 12:] = 1, 4, -1
+    first, second = instance_boxes(labels)
+    assert first.tolist() == [[3, 2, 10, 5], [8, 8, 9, 9]] and second.shape == (0, 4)
+
+
 def test_batches__every_image_once_an_epoch_and_the_same_again(source: Source) -> None:
     batches = Batches([source], Preprocess(64), 2, seed=3)
     seen = torch.cat([batches[k].embedding for k in range(3)])
@@ -159,57 +270,6 @@ def test_label_map__small_on_top_and_unlabelled_everywhere() -> None:
     assert (label_map(Sample("a", image)) == 1).all()
 
 
-# --- objectives ----------------------------------------------------------------------------------------------------------
-
-
-def test_feature_mse__leaves_padding_out() -> None:
-    ours, theirs = torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 4, 4)
-    theirs[:, :, 2:] = 100
-    valid = torch.zeros(1, 1, 16, 16)
-    valid[:, :, :8] = 1
-    loss = objectives.build("feature_mse", {})(Outputs(ours), Outputs(theirs), Context(valid))
-    assert loss.tolist() == [1.0]
-
-
-def masks_context(prompts: int, size: int, single: list[bool]) -> Context:
-    return Context(torch.ones(1, 1, size, size), torch.ones(prompts, size, size), torch.tensor(single))
-
-
-def test_prompt_masks__by_hand() -> None:
-    teacher_logits, student_logits = torch.full((1, 4, 2, 2), 5.0), torch.zeros(1, 4, 2, 2)
-    loss = objectives.build("prompt_masks", {"bce": 1.0, "dice": 0.0})(Outputs(torch.zeros(0), student_logits), Outputs(torch.zeros(0), teacher_logits),
-                                                                      masks_context(1, 2, [False]))
-    assert loss.item() == pytest.approx(np.log(2))
-    dice = objectives.build("prompt_masks", {"bce": 0.0, "dice": 1.0})(Outputs(torch.zeros(0), student_logits), Outputs(torch.zeros(0), teacher_logits),
-                                                                      masks_context(1, 2, [False]))
-    assert dice.item() == pytest.approx(1 - (2 * 2 + 1) / (2 + 4 + 1))
-
-
-def test_prompt_masks__alternatives_learn_from_one_click_only() -> None:
-    teacher_logits, student_logits = torch.full((2, 4, 2, 2), 5.0), torch.full((2, 4, 2, 2), 9.0)
-    student_logits[:, 2] = -9.0
-    loss = objectives.build("prompt_masks", {})(Outputs(torch.zeros(0), student_logits), Outputs(torch.zeros(0), teacher_logits), masks_context(2, 2, [True, False]))
-    assert loss[0] > 10 and loss[1] < 0.1
-
-
-def test_iou_head__is_a_squared_error() -> None:
-    ours, theirs = Outputs(torch.zeros(0), iou=torch.zeros(1, 4)), Outputs(torch.zeros(0), iou=torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
-    assert objectives.build("iou_head", {})(ours, theirs, masks_context(1, 2, [True])).tolist() == [0.5]
-
-
-def test_objectives__unknown_names_and_options() -> None:
-    with pytest.raises(UsageError, match="did you mean 'feature_mse'"):
-        objectives.build("feture_mse", {})
-    with pytest.raises(UsageError, match="temperature"):
-        objectives.build("prompt_masks", {"temperature": 2})
-
-
-@pytest.mark.parametrize("name", objectives.names())
-def test_objectives__say_what_they_are(name: str) -> None:
-    found = objectives.describe(name)
-    assert found["family"] and found["paper"] and set(found["needs"]) <= {"embedding", "masks", "iou"} and found["needs"]
-
-
 # --- schedule --------------------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +277,11 @@ def test_cosine__warms_up_and_ends_at_the_least() -> None:
     rates = [cosine(k, 100, 1.0, 0.1, 10) for k in range(100)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == rates[10] == 1.0
     assert rates[-1] == pytest.approx(0.1) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_rate__constant_stays_after_the_warm_up() -> None:
+    one = stage(schedule="constant", lr=0.5, warmup=4)
+    assert [rate(one, k) for k in (0, 3, 4, 20, 29)] == [0.125, 0.5, 0.5, 0.5, 0.5]
 
 
 def test_decay_groups__vectors_do_not_decay() -> None:

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from oracles import Empty, Oracle, Painted, TorchOracle
+from oracles import Empty, Oracle, Painted, TorchOracle, answer, painted
 
 from edgekd.data import Subset, open_data
 from edgekd.data.images import Frame
 from edgekd.data.prompts import Prompts
 from edgekd.errors import UsageError
-from edgekd.protocols import ABSENT, Promptable, Sample
+from edgekd.protocols import ABSENT, Preprocess, Promptable, Sample
 from edgekd.tasks import names
-from edgekd.tasks.metrics import bootstrap_interval, iou
+from edgekd.tasks.everything import stability, suppress
+from edgekd.tasks.metrics import GROUPS, bootstrap_interval, iou
 from edgekd.tasks.predictor import Masks, ModelPredictor, Predictor, Remembered, predictor, select
 from edgekd.tasks.promptable import METRICS, choose_instances, evaluate
-from edgekd.tasks.pseudo import pseudo_label, stability, suppress
+from edgekd.tasks.pseudo import pseudo_label
 
 ONE = pytest.approx(1.0, abs=0.02)
 """Right on the mask grid: the photo's mask loses only the pixels at its corners, which bilinear enlargement rounds off."""
@@ -158,6 +159,112 @@ def test_the_document_states_its_protocol_and_is_json() -> None:
     assert protocol["labels"] == "ground truth" and "predicted IoU" in protocol["mask"] and "original" not in protocol["data_fingerprint"]
     plain = evaluate(Oracle(), Painted()).to_dict(per_image=False)
     assert "per_image" not in plain and plain["protocol"]["mask"].startswith("always mask 0")
+
+
+def test_names_of_the_default_are_what_reports_hold() -> None:
+    assert METRICS == ("box_miou", "center_miou", "center_plus1_miou", "center_plus2_miou")
+    found = evaluate(Oracle(), Painted(count=1))
+    assert set(found.protocol["metrics"]) == set(METRICS) and "everything" not in found.protocol
+    assert set(found.per_image[0]) == {"id", "instances", *METRICS}
+
+
+@pytest.mark.parametrize("group", list(GROUPS))
+def test_each_group_alone_gives_its_numbers_and_says_how(group: str) -> None:
+    document = evaluate(Oracle(), Painted(count=2), metrics=(group,)).to_dict()
+    wanted = {n for n in GROUPS[group] if not n.endswith(("_medium", "_large"))}  # the painted instances are small
+    assert wanted == set(GROUPS[group]) & set(document) == set(document["interval95"]) == set(document["protocol"]["metrics"]) & set(document)
+    assert document["images"] == 2 and (group == "everything" or document["instances"] == 6) and json.dumps(document)
+    assert group == "everything" or any(group in p or "oracle" in p for p in document["protocol"]["prompts"])
+
+
+def test_groups_do_not_disturb_each_other() -> None:
+    every = evaluate(_Noisy(), Painted(), metrics=tuple(GROUPS), teacher=Oracle("t"))
+    plain = evaluate(_Noisy(), Painted(), teacher=Oracle("t"))
+    assert {m: every.metrics[m] for m in METRICS} == plain.metrics and every.teacher_agreement == plain.teacher_agreement
+    assert {m: every.interval95[m] for m in plain.interval95} == plain.interval95
+    only = evaluate(_Noisy(), Painted(), metrics=("center",), teacher=Oracle("t"))
+    assert set(only.metrics) == {"center_miou"} and set(only.teacher_agreement or {}) == {"center"}
+    assert evaluate(_Noisy(), Painted(), metrics=("clicks", "box", "center", "box")).to_dict() == evaluate(_Noisy(), Painted()).to_dict()
+
+
+def test_unknown_groups_and_none() -> None:
+    with pytest.raises(UsageError, match=r"group of metrics 'clics'[\s\S]*did you mean 'clicks'"):
+        evaluate(Oracle(), Painted(), metrics=("clics",))
+    with pytest.raises(UsageError, match="nothing to measure"):
+        evaluate(Oracle(), Painted(), metrics=())
+
+
+class _Head(Oracle):
+    """Right in slot 2 only; its IoU head knows it or not."""
+
+    def __init__(self, knows: bool) -> None:
+        super().__init__()
+        self.knows = knows
+
+    def decode(self, *args: object, **more: object) -> tuple[np.ndarray, np.ndarray]:
+        masks, score = super().decode(*args, **more)  # type: ignore[arg-type]
+        masks[:, [0, 1, 3]] = -1
+        return masks, score if self.knows else 1 - score
+
+
+def test_the_gap_tells_a_good_iou_head_from_a_bad_one() -> None:
+    good, bad = (evaluate(_Head(k), Painted(), metrics=("box", "center", "oracle")).metrics for k in (True, False))
+    for kind in ("box", "center"):
+        assert good[f"{kind}_miou"] == 0 and good[f"{kind}_oracle_miou"] == good[f"{kind}_iou_head_miou"] == ONE and good[f"{kind}_iou_head_gap"] == 0
+        assert bad[f"{kind}_oracle_miou"] == ONE and bad[f"{kind}_iou_head_miou"] == 0 and bad[f"{kind}_iou_head_gap"] == ONE
+
+
+def test_a_baseline_has_one_mask_and_none_without_a_prompt() -> None:
+    from edgekd.tasks import baselines
+
+    disc = baselines.load("baseline/disc")
+    assert evaluate(disc, Painted(count=1), metrics=("noc",)).metrics["noc80"] > 1
+    for group in ("oracle", "everything"):
+        with pytest.raises(UsageError, match="baseline/disc"):
+            evaluate(disc, Painted(count=1), metrics=(group,))
+
+
+class _Limited(Oracle):
+    """Takes two points."""
+
+    max_points = 2
+
+
+def test_more_points_than_a_model_takes_are_refused() -> None:
+    asked = predictor(_Limited())
+    state = asked.start(Painted()[0].image)
+    box = Prompts.boxes(np.array([[0, 0, 16, 12]]))
+    assert asked.masks(state, box.join(Prompts.clicks(np.zeros((1, 2)), np.array([ABSENT])))).masks.any()
+    with pytest.raises(UsageError, match=r"at most 2 points[\s\S]*given 3"):
+        asked.masks(state, box.join(Prompts.clicks(np.array([[3, 3]]))))
+    with pytest.raises(UsageError, match="oracle"):
+        evaluate(_Limited(), Painted())
+
+
+class _Wide(Oracle):
+    """Sees 64 px, stretched, is prompted in a square of 128 and gives masks of 32: an EfficientViT-SAM that stretches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.preprocess = Preprocess(64, mean=(0, 0, 0), std=(1, 1, 1), fit="stretch", prompt_size=128)
+
+    def decode(self, embedding: np.ndarray, points: np.ndarray, labels: np.ndarray, mask_input: object = None, has_mask: object = None) -> tuple[np.ndarray, np.ndarray]:
+        assert mask_input is None or mask_input.shape[1:] == (1, 32, 32)  # type: ignore[attr-defined]
+        twice = embedding.repeat(2, axis=2).repeat(2, axis=3)
+        right = np.stack([answer(twice[0, 0], p, k) for p, k in zip(points, labels, strict=True)]).astype(np.float32)
+        return np.stack([right] * 4, axis=1), np.tile(np.float32([0.1, 0.2, 0.9, 0.3]), (len(points), 1))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 128), (128, 32)])
+def test_a_stretched_photo_and_a_larger_prompt_square(size: tuple[int, int]) -> None:
+    masks = np.zeros((2, *size), bool)
+    masks[0, size[0] // 4:size[0] // 2, size[1] // 8:size[1] // 2] = True
+    masks[1, size[0] * 5 // 8:, size[1] // 2:] = True
+    data = Painted(count=1)
+    data.samples = [Sample("one", painted(masks), masks)]
+    found = evaluate(_Wide(), data, metrics=("box", "center", "clicks", "noc", "oracle"))
+    # at the border between stretched pixels a little is lost
+    assert all(found.metrics[m] > 0.85 for m in (*METRICS, "box_oracle_miou")) and found.metrics["noc80"] == 1
 
 
 def test_progress_is_told_of_every_photo() -> None:

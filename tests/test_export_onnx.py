@@ -213,12 +213,58 @@ def test_a_file_that_is_no_model_is_one_error(tmp_path):
 
 
 def test_nothing_is_left_in_the_temporary_folder_or_the_log(tmp_path, monkeypatch, caplog, capfd):
+    float_graph(conv_component())  # torch makes a folder of its own with the first capture of a process
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     out = tmp_path / "out"
     part = conv_component()
+    monkeypatch.setattr(export_onnx, "_graphs", type(export_onnx._graphs)())
     with caplog.at_level(logging.WARNING):
         session = exporter.open(written(part, out, scheme="w8a8_static", calibration=samples(part)), scheme="w8a8_static")
         assert session.executed_ops
+    kept = Path(next(iter(export_onnx._graphs.values())).name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([kept.name, "out"]), "the float graph is kept for the next scheme"
+    export_onnx._graphs.clear()
     gc.collect()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert capfd.readouterr().out == ""
+
+
+@pytest.fixture
+def small_limit(monkeypatch):
+    """Every component counts as one that does not fit into a protobuf message."""
+    monkeypatch.setattr(export_onnx, "LARGE", 100)
+    monkeypatch.setattr(export_onnx, "_graphs", type(export_onnx._graphs)())
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "fp16", "w8a8_static"])
+def test_weights_of_large_components_lie_beside_the_graph(tmp_path, small_limit, scheme, capfd):
+    part = linear_component(256)
+    path = tmp_path / "encoder.onnx"
+    files = exporter.export(part, path, scheme=scheme, calibration=samples(part))
+    assert files == [path, tmp_path / "encoder.onnx.data"] and sorted(tmp_path.iterdir()) == files
+    assert capfd.readouterr().out == "", "stdout is for data"
+    graph = onnx.load(path, load_external_data=False).graph
+    places = {e.value for t in graph.initializer for e in t.external_data if e.key == "location"}
+    assert places == {"encoder.onnx.data"}, "the folder can be moved"
+    inputs = samples(part)[0]
+    session = exporter.open(path, scheme=scheme, threads=1)
+    ours, theirs = session.run(inputs)["y"], expected(part, inputs)[0]
+    assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < {"fp32": 1e-5, "fp16": 1e-2, "w8a8_static": 0.1}[scheme]
+    assert session.executed_precision.startswith("int8" if scheme == "w8a8_static" else "fp") and session.executed_ops
+
+
+def test_large_and_small_graphs_are_the_same_but_for_where_the_weights_are(tmp_path, small_limit, monkeypatch):
+    part = components(tiny_sam())["decoder"]
+    large = onnx.load(exporter.export(part, tmp_path / "a.onnx", scheme="fp32")[0])
+    monkeypatch.setattr(export_onnx, "LARGE", 10**9)
+    monkeypatch.setattr(export_onnx, "_graphs", type(export_onnx._graphs)())
+    small = onnx.load(exporter.export(part, tmp_path / "b.onnx", scheme="fp32")[0])
+    assert [n.op_type for n in large.graph.node] == [n.op_type for n in small.graph.node]
+    weights = [{t.name: onnx.numpy_helper.to_array(t) for t in g.graph.initializer} for g in (large, small)]
+    assert weights[0].keys() == weights[1].keys() and all(np.array_equal(v, weights[1][k]) for k, v in weights[0].items())
+
+
+def test_nodes_carry_the_name_of_their_module(tmp_path):
+    graph = float_graph(components(tiny_sam())["encoder"]).graph
+    modules = {p.value for n in graph.node for p in n.metadata_props if p.key == "module"}
+    assert {"squeeze", "neck", "norm"} <= modules

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edgekd.export import onnx as export_onnx
 from edgekd.export import openvino as export_openvino
 from edgekd.export.openvino import exporter
 from tiny import conv_component, expected, linear_component, samples, tiny_sam
@@ -138,3 +139,13 @@ def test_a_file_that_is_no_model_is_one_error(tmp_path):
     (tmp_path / "x.xml").write_text("not a model")
     with pytest.raises(EdgekdError, match="cannot open"):
         exporter.open(tmp_path / "x.xml", scheme="fp32")
+
+
+def test_large_components_are_read_from_a_graph_with_its_weights_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_onnx, "LARGE", 100)
+    monkeypatch.setattr(export_onnx, "_graphs", type(export_onnx._graphs)())
+    part = conv_component()
+    session = exporter.open(written(part, tmp_path, scheme="fp32"), scheme="fp32", threads=1)
+    inputs = samples(part)[0]
+    np.testing.assert_allclose(session.run(inputs)["image_embeddings"], expected(part, inputs)[0], atol=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder.bin", "encoder.xml"]

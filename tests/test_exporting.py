@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from edgekd.export import onnx as export_onnx
-from tiny import SIZE, ConvBn, tiny_sam
+from tiny import SIZE, ConvBn, Encoder, tiny_sam
 
 from edgekd import exporting, parity, plugins
 from edgekd.artifact import Manifest, verify
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.exporting import candidate_id, export_model, folded, open_artifact, signature
-from edgekd.models.sam import components
+from edgekd.models.proposer import BoxProposer
+from edgekd.models.sam import Sam, components
 from edgekd.probes import COUNTS, KINDS, pictures, probe
 from edgekd.profiling import profile_artifact
+from edgekd.protocols import Preprocess
 
 IMAGES = pictures(2, SIZE, np.random.default_rng(3))
 CALIBRATION = {"encoder": [{"images": p[None]} for p in pictures(6, SIZE, np.random.default_rng(4))]}
@@ -296,3 +298,80 @@ def test_the_weights_hash_follows_the_weights():
     with torch.no_grad():
         next(b.parameters()).add_(1e-3)
     assert exporting.weights_sha256(a) != exporting.weights_sha256(b)
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_fp32_is_within_1e_4_and_999_in_every_runtime(tmp_path, format):
+    """Points, boxes, points with boxes, mask prompts, in calls of 1, 5 and 16, on each runtime's own output."""
+    if format == "openvino":
+        pytest.importorskip("openvino")
+    parts = export_model(tiny_sam(), tmp_path / "a", format=format, scheme="fp32", examples=IMAGES, threads=1).components
+    assert parts["decoder"].parity["counts"] == [1, 5, 16]
+    for part in parts.values():
+        assert part.parity["max_abs"] <= 1e-4 and part.parity["mask_iou"] >= 0.999 and set(part.parity["prompts"]) == set(KINDS)
+        assert part.parity["limits"] == {"max_relative": 1e-5, "max_abs": 1e-4, "min_mask_iou": 0.999}
+
+
+def test_the_fp32_limit_is_absolute_for_small_outputs_and_relative_for_large_ones():
+    def judged(largest: float, gap: float) -> bool:
+        reference = np.array([largest, 0.0])
+        return parity.failure(parity.difference(reference, reference + [gap, 0]) | {"mask_iou": 1.0, "prompts": {"box": {"mask_iou": 1.0}}}, parity.EXACT) is None
+
+    assert judged(1.0, 9e-5) and not judged(1.0, 2e-4) and judged(50.0, 4e-4) and not judged(50.0, 6e-4)
+
+
+def wide_prompts() -> Sam:
+    """An encoder of stride 8: 64 px in, prompts in a frame of 128 (EfficientViT-SAM L has 512 and 1024)."""
+    model = tiny_sam()
+    encoder = Encoder()
+    encoder.stem[6].c.stride = (1, 1)
+    return Sam("wide", encoder, model.shape, Preprocess(SIZE, prompt_size=2 * SIZE)).eval()
+
+
+@pytest.mark.parametrize("decoder_signature", ["batched", "sam"])
+def test_prompts_in_another_frame_than_the_image(tmp_path, decoder_signature):
+    model = wide_prompts()
+    manifest = export_model(model, tmp_path / "a", format="onnx", scheme="fp32", examples=IMAGES, threads=1, decoder_signature=decoder_signature)
+    assert (manifest.preprocess.image_size, manifest.preprocess.prompt_size) == (SIZE, 2 * SIZE)
+    shipped = open_artifact(tmp_path / "a", threads=1)
+    p = probe("box", 2, 2 * SIZE, np.random.default_rng(0))
+    with torch.no_grad():
+        masks, _ = model.decode(model.embed(torch.from_numpy(IMAGES[:1])), torch.from_numpy(p.points), torch.from_numpy(p.labels))
+    assert shipped.embed(IMAGES[:1]).shape == (1, 32, 8, 8) and masks.shape == (2, 4, 32, 32)
+    np.testing.assert_allclose(shipped.decode(shipped.embed(IMAGES[:1]), p.points, p.labels)[0], masks.numpy(), atol=1e-4)
+
+
+def test_folding_is_checked_in_another_frame_too(monkeypatch):
+    assert not any(isinstance(m, ConvBn) for m in folded(wide_prompts(), IMAGES[:1]).modules())
+    monkeypatch.setattr(ConvBn, "fold", lambda self: self.c)
+    with pytest.raises(EdgekdError, match="folding changes the model"):
+        folded(wide_prompts(), IMAGES[:1])
+
+
+def test_a_proposer_is_a_third_component(tmp_path):
+    model = tiny_sam()
+    torch.manual_seed(1)
+    model.proposer = BoxProposer(model.embed_dim).eval()
+    manifest = export_model(model, tmp_path / "a", format="onnx", scheme="fp32", examples=IMAGES, threads=1)
+    assert set(manifest.components) == {"encoder", "decoder", "proposer"} and manifest.components["proposer"].parity["passed"]
+    assert [t.name for t in manifest.components["proposer"].outputs] == ["boxes", "scores"]
+    shipped = open_artifact(tmp_path / "a", threads=1)
+    with torch.no_grad():
+        embedding = model.embed(torch.from_numpy(IMAGES[:1]))
+        boxes, scores = model.proposer(embedding)
+    ours, our_scores = shipped.propose(embedding)
+    assert ours.shape == boxes.shape[1:] and our_scores.shape == scores.shape[1:]
+    np.testing.assert_allclose(ours, boxes[0].numpy(), atol=1e-3)
+    np.testing.assert_allclose(our_scores, scores[0].numpy(), atol=1e-4)
+
+
+def test_a_large_component_is_listed_with_all_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_onnx, "LARGE", 50_000)
+    monkeypatch.setattr(export_onnx, "_graphs", type(export_onnx._graphs)())
+    manifest = export_model(tiny_sam(), tmp_path / "a", format="onnx", scheme="fp32", examples=IMAGES, threads=1)
+    assert manifest.components["decoder"].files == ["decoder.onnx", "decoder.onnx.data"] and manifest.components["encoder"].files == ["encoder.onnx"]
+    assert {f.path for f in manifest.files} == {"encoder.onnx", "decoder.onnx", "decoder.onnx.data"}
+    verify(tmp_path / "a")
+    (tmp_path / "a" / "decoder.onnx.data").write_bytes(b"cut")
+    with pytest.raises(EdgekdError, match=r"decoder\.onnx\.data"):
+        open_artifact(tmp_path / "a")

@@ -72,7 +72,38 @@ def test_depthwise_mixer_becomes_one_convolution(joint_norm: bool) -> None:
     assert isinstance(folded, nn.Conv2d) and folded.groups == 12 and folded.kernel_size == (3, 3)
 
 
-@pytest.mark.parametrize("name", ["repvit_xs", "repvit_s", "repvit_m0_9:depth=0.25", "repvit_m", "tinyvit_xs", "tinyvit_s", "tinyvit_5m:depth=0.25"])
+@torch.no_grad()
+def test_the_rule_of_per_branch_norms() -> None:
+    """EdgeSAM's layout: conv_bn(3x3) + conv_bn(1x1) + identity is one kernel, g3/s3 W3 + pad(g1/s1 W1 + 1), s = sqrt(var + eps)."""
+    block = unsettle(repvit.RepDW(5, joint_norm=False))
+    wide, point = block.conv, block.conv1
+    g3, g1 = (part.bn.weight / (part.bn.running_var + 1e-5).sqrt() for part in (wide, point))
+    weight = wide.c.weight * g3[:, None, None, None]
+    weight[:, :, 1, 1] += (point.c.weight[:, :, 0, 0] * g1[:, None]) + 1
+    bias = (wide.bn.bias - wide.bn.running_mean * g3) + (point.bn.bias - point.bn.running_mean * g1)
+    folded = block.fold()
+    torch.testing.assert_close(folded.weight, weight)
+    torch.testing.assert_close(folded.bias, bias)
+
+
+@torch.no_grad()
+def test_the_rule_of_a_joint_norm() -> None:
+    """RepViT-SAM's layout: the plain 1x1 branch and the identity lie under the norm too, g/s (g3/s3 W3 + pad(W1 + 1))."""
+    block = unsettle(repvit.RepDW(5, joint_norm=True))
+    wide, point, bn = block.conv, block.conv1, block.bn
+    g3, g = (norm.weight / (norm.running_var + 1e-5).sqrt() for norm in (wide.bn, bn))
+    weight = wide.c.weight * g3[:, None, None, None]
+    weight[:, :, 1, 1] += point.weight[:, :, 0, 0] + 1
+    bias = (wide.bn.bias - wide.bn.running_mean * g3) + point.bias
+    folded = block.fold()
+    torch.testing.assert_close(folded.weight, weight * g[:, None, None, None])
+    torch.testing.assert_close(folded.bias, (bias - bn.running_mean) * g + bn.bias)
+
+
+@pytest.mark.parametrize("name", [
+    "repvit_xs", "repvit_s", "repvit_m", "edge_sam:width=0.5,depth=0.25", "repvit_sam:width=0.25,depth=0.25", "tinyvit_xs", "tinyvit_s",
+    "mobile_sam:depth=0.25", "efficientvit_sam_l0:width=0.25,depth=0.5", "efficientvit_sam_xl0:width=0.25,depth=0.25", "nanosam:width=0.25",
+])
 def test_students_fold_exactly(name: str) -> None:
     model = unsettle(students.encoder(name))
     generator = torch.Generator().manual_seed(3)
@@ -83,7 +114,9 @@ def test_students_fold_exactly(name: str) -> None:
 
 @pytest.mark.parametrize("name", students.names())
 def test_no_norm_and_no_branch_is_left(name: str) -> None:
-    folded = fold(students.encoder(name).eval())
+    with torch.device("meta"):
+        model = students.encoder(name).eval()
+    folded = fold(model)
     kinds = {type(m) for m in folded.modules()}
     assert not kinds & {nn.BatchNorm2d, blocks.ConvBN, repvit.RepDW}
     assert not any(callable(getattr(m, "fold", None)) for m in folded.modules())
@@ -149,6 +182,19 @@ def test_a_module_used_twice_stays_one() -> None:
     shared = blocks.ConvBN(4, 4)
     folded = fold(nn.ModuleList([shared, shared]).eval())
     assert folded[0] is folded[1] and isinstance(folded[0], nn.Conv2d)
+
+
+class Short(nn.Module):
+    """Folds into modules made while folding, which may be given the memory of modules dropped just before."""
+
+    def fold(self) -> nn.Module:
+        return nn.Sequential(nn.ReLU(), nn.Tanh())
+
+
+def test_new_modules_are_not_taken_for_dropped_ones() -> None:
+    for _ in range(20):
+        folded = fold(nn.Sequential(*(nn.Sequential(Short(), Inner(), Short()) for _ in range(30))))
+        assert all([type(m) for m in part[0]] == [nn.ReLU, nn.Tanh] and isinstance(part[1], nn.Identity) for part in folded)
 
 
 def test_a_module_without_anything_to_fold_is_copied() -> None:

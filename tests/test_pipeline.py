@@ -160,3 +160,20 @@ def test_plan__needs_neither_weights_nor_device(some_photos: Path) -> None:
     text = plan.render()
     assert "sam_vit_h -> jetson" in text and "unverified" in text and "facebook/sam-vit-huge" in text and "predicted" in text
     assert plan.to_dict()["estimate"]["total_seconds"] > 0
+
+
+@pytest.mark.parametrize(("name", "id"), [("edge_sam", "edge_sam-1024-onnx-fp32"), ("efficientvit_sam_l0", "efficientvit_sam_l0-512-onnx-fp32"),
+                                          ("nanosam", "nanosam-1024-onnx-fp32")])
+def test_plan__of_a_published_recipe(some_photos: Path, name: str, id: str) -> None:
+    plan = api.plan(target="jetson", data=some_photos, recipe=name)
+    assert id in [c.id for c in plan.points] and "students trained at most: 1" in plan.render()
+    assert any("weights are not here" in note for note in plan.notes)
+
+
+def test_plan__counts_the_batches_of_a_step_and_what_is_trained(some_photos: Path) -> None:
+    def train(*sets: str) -> float:
+        return api.plan(target="jetson", data=some_photos, recipe="edge_sam", sets=sets).seconds["train"]
+
+    whole = train()
+    assert train("stages.0.accumulate=4") < whole < train("stages.2.trainable=[encoder, proposer]")
+    assert whole < train("stages.1.instances=32")

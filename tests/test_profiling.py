@@ -6,11 +6,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from tiny import fake_artifact, tiny_sam
 
 from edgekd.errors import EdgekdError, UsageError
-from edgekd.profiling import Profile, latency, profile, profile_many, runner
+from edgekd.exporting import export_model
+from edgekd.profiling import Profile, everything, latency, profile, profile_many, runner
 from edgekd.profiling.eager import profile_torch
+from edgekd.profiling.everything import profile_everything
 from edgekd.profiling.footprint import folder_bytes, peak_memory_bytes
 from edgekd.profiling.transport import Completed
 from edgekd.profiling.transport.local import Local
@@ -224,3 +227,34 @@ def test_profile_torch_measures_apart_and_together():
     assert p.latency_ms.n == p.components["encoder"].latency_ms.n == 3 and p.prompts == 2
     assert p.size_bytes == sum(c.size_bytes for c in p.components.values())
     assert p.peak_memory_bytes is None
+
+
+class Answering(Scripted):
+    """A device that is asked for segment-everything."""
+
+    def run(self, module, arguments, *, timeout_s):
+        assert module == "edgekd.profiling.everything" and timeout_s > 0
+        self.asked.append(list(arguments))
+        return self.answers.pop(0)
+
+
+def test_segment_everything_is_profiled_with_its_parts_apart(tmp_path):
+    row = {"id": "tiny", "mode": "grid", "total_ms": [9.0, 11.0], "prompts": 1024, "calls": 16, "masks": 3,
+           "parts_ms": {"encoder": [1.0, 1.0], "decoder": [7.0, 9.0], "rest": [1.0, 1.0]}}
+    device = Answering(Completed(0, json.dumps({"photo": "x.jpg", "rows": [row], "circumstances": Local().probe()}), ""))
+    (tmp_path / "a").mkdir()
+    found = profile_everything([tmp_path / "a"], transport=device, modes=["grid"], threads=2)
+    assert device.asked[0][0] == "/device/a" and "--mode grid" in " ".join(device.asked[0]) and "--threads 2" in " ".join(device.asked[0])
+    assert found[0].parts_ms["decoder"].p50 == 8 and found[0].latency_ms.p50 == 10 and "proposer" not in found[0].parts_ms
+    assert (found[0].prompts, found[0].decoder_calls, found[0].masks, found[0].photo) == (1024, 16, 3, "x.jpg")
+
+
+def test_segment_everything_is_measured_on_a_real_artifact(tmp_path):
+    export_model(tiny_sam(), tmp_path / "art", format="onnx", scheme="fp32")
+    Image.new("RGB", (64, 48), (90, 20, 200)).save(tmp_path / "photo.png")
+    out = everything.measure([str(tmp_path / "art")], modes=[], photo=str(tmp_path / "photo.png"), threads=1, warmup=1, repeats=2, max_seconds=0.2)
+    assert [r["mode"] for r in out["rows"]] == ["grid", "hierarchical"] and out["photo"] == "photo.png"
+    grid, coarse = out["rows"]
+    assert grid["prompts"] == 1024 and grid["calls"] == 16 and coarse["prompts"] >= 64 and len(grid["total_ms"]) == 2
+    assert set(grid["parts_ms"]) == {"encoder", "decoder", "rest"} and min(grid["parts_ms"]["decoder"]) > 0
+    assert everything.main([str(tmp_path / "none")]) == 1

@@ -1,6 +1,8 @@
-"""The README's commands run as they stand. A comment before each block says how: `quick` here, `slow` on request, `exists` by name."""
+"""The README's commands run as they stand. A comment before each block says how: `quick` here, `slow` on request, `exists` by name;
+`parse` where files of the user's own are needed: verb and options are looked up."""
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import subprocess
@@ -37,7 +39,7 @@ def replay(line: str, edgekd: Callable[..., subprocess.CompletedProcess[str]], f
 
 def test_every_block_says_how_it_is_run() -> None:
     marks = [mark for mark, _ in BLOCK.findall(README)]
-    assert marks and set(marks) == {"exists", "quick", "slow"}
+    assert marks and set(marks) == {"exists", "parse", "quick", "slow"}
 
 
 def test_make_goals__exist() -> None:
@@ -50,6 +52,17 @@ def test_make_goals__exist() -> None:
 @pytest.mark.parametrize("line", commands("quick"))
 def test_quick_commands(line: str, edgekd: Callable[..., subprocess.CompletedProcess[str]], checkout: Path) -> None:
     replay(line, edgekd, checkout, timeout=600)
+
+
+def test_parsed_commands__have_their_verb_and_options() -> None:
+    from edgekd.cli import app
+
+    verbs = {c.name or c.callback.__name__: c.callback for c in app.registered_commands if c.callback}
+    for line in commands("parse"):
+        tool, verb, *words = shlex.split(line)
+        options = {flag for p in inspect.get_annotations(verbs[verb], eval_str=True).values() for o in getattr(p, "__metadata__", ())
+                   for flag in (o.default, *(o.param_decls or ()))}  # typer takes the first spelling for a default
+        assert tool == "edgekd" and not [w for w in words if w.startswith("-") and w not in options], line
 
 
 @pytest.mark.slow

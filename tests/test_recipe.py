@@ -120,6 +120,31 @@ def test_merge__changes_neither() -> None:
     assert above == {"a": {"x": 1, "y": [1]}} and below == {"a": {"y": [2]}}
 
 
+# --- set: --------------------------------------------------------------------------------------------------------------
+
+
+def test_set_in_a_file__changes_single_values_of_what_it_extends(tmp_path: Path) -> None:
+    path = write(tmp_path, "extends: default\nteacher: t2\nset:\n  stages.0.steps: 7\n  stages.1.prompts.clicks: [2, 3]\n  budget.latency_ms: 9\n")
+    found, base = recipe.resolve(path, ["stages.1.steps=3"]), recipe.resolve("default")
+    assert (found.stages[0].steps, found.stages[1].steps, found.stages[1].prompts.clicks, found.budget.latency_ms) == (7, 3, (2, 3), 9)
+    assert found.stages[0].model_copy(update={"steps": base.stages[0].steps}) == base.stages[0]
+
+
+def test_set_in_a_file__applies_before_a_child_s_own(tmp_path: Path) -> None:
+    write(tmp_path, "extends: default\nset: {stages.0.steps: 7, stages.0.lr: 0.5}\n", "one.yaml")
+    found = recipe.resolve(write(tmp_path, "extends: ./one.yaml\nset: {stages.0.steps: 8}\n"))
+    assert (found.stages[0].steps, found.stages[0].lr) == (8, 0.5)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("extends: default\nset: {stages.7.steps: 1}\n", "'7' is not a place in a list of 2"), ("extends: default\nset: [1]\n", "mapping of paths"),
+    ("extends: default\nset: {stages.0.stepz: 1}\n", "did you mean 'steps'"),
+])
+def test_set_in_a_file__what_is_wrong_is_told_with_the_file(tmp_path: Path, text: str, said: str) -> None:
+    message = error(write(tmp_path, text))
+    assert said in message and "my.yaml" in message
+
+
 # --- --set ---------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +198,9 @@ def test_problems__a_missing_key_is_named(tmp_path: Path) -> None:
     ("teacher: x\n", "needs 'students' and 'stages'"),
     (MINIMAL.replace("repvit_xs", "repvit_xs, image_sizes: [250]"), "multiples of 32, not 250"),
     (MINIMAL.replace("[{name: repvit_xs}]", "[{name: a}, {name: a}]"), "student 'a' is given twice"),
+    (MINIMAL.replace("steps: 3", "steps: 3, prompts: {clicks: [3, 2]}"), "fewest <= most"),
+    (MINIMAL.replace("steps: 3", "steps: 3, trainable: [neck]"), "'neck' is not"),
+    (MINIMAL.replace("steps: 3", "steps: 3, optimizer: sgd"), "'sgd' is not"),
     ("train: {data: ['scenes:seed=1,count=2'], steps: 3, weights: [1, 2]}\n", "2 numbers for 1 sets"),
 ])
 def test_problems__of_meaning(tmp_path: Path, text: str, said: str) -> None:

@@ -36,7 +36,8 @@ def test_factory() -> None:
 
 @pytest.mark.parametrize(("reference", "said"), [
     ("sam_nanoo", "did you mean 'sam_nano'"), ("baseline/disk", "did you mean 'baseline/disc'"), ("repvit_sx", "did you mean"),
-    ("./nothing.safetensors", "no model at"), ("/no/such/folder", "no model at"),
+    ("./nothing.safetensors", "no model at"), ("/no/such/folder", "no model at"), ("mobile_sam.pt", "no model at"), ("weights/edge_sam.pth", "no model at"),
+    ("mobile_sam", r"weights of 'mobile_sam' are not here[\s\S]*MobileSAM"),
 ])
 def test_unknown__is_a_usage_error(reference: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
@@ -54,6 +55,12 @@ def test_other_file__is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="this is no model"):
         resolve.load_model(path)
     assert resolve.teacher_of(path) is None
+
+
+def test_weight_file__that_is_none_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "page.pth").write_text("<!doctype html><html>404</html>")
+    with pytest.raises(UsageError, match="web page"):
+        resolve.load_model(tmp_path / "page.pth")
 
 
 def test_run__is_the_artifact_it_chose(tmp_path: Path) -> None:

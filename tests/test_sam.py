@@ -1,13 +1,17 @@
 """The one prompt encoder and mask decoder: equal to transformers' SamModel, absent points change nothing, boxes and clicks mix."""
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
+from torch import nn
 
-from edgekd.models.sam import DecoderShape, PromptEncoder, Sam, components
+from edgekd.models.prompt_encoder import PromptEncoder
+from edgekd.models.sam import DecoderShape, Sam, components
 from edgekd.models.sam_vit import PatchEmbed, SamVit, VitShape
 from edgekd.protocols import Preprocess
-from edgekd.teachers.huggingface import convert, rename
+from edgekd.teachers.huggingface import convert
 
 SIZE = 64
 
@@ -127,12 +131,6 @@ def test_has_mask__zero_ignores_the_mask(pair) -> None:
     assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_rename__leaves_the_transformers_own_layers_alone() -> None:
-    assert rename("mask_decoder.transformer.layers.0.self_attn.q_proj.weight") == "mask_decoder.transformer.layers.0.self_attn.q_proj.weight"
-    assert rename("mask_decoder.iou_prediction_head.layers.0.weight") == "mask_decoder.iou_prediction_head.layers.1.weight"
-    assert rename("mask_decoder.iou_prediction_head.proj_in.bias") == "mask_decoder.iou_prediction_head.layers.0.bias"
-
-
 def test_sam_vit__equals_the_library() -> None:
     library = reference(3).vision_encoder
     ours = SamVit(VitShape(SIZE, 32, 2, 2, 3, (1,), 32, mlp_ratio=2.0), PatchEmbed(32)).eval()
@@ -161,3 +159,31 @@ def test_components__run_as_described() -> None:
         masks, iou = found["decoder"].module(*found["decoder"].example.values())
     assert masks.shape == (2, 4, 16, 16) and iou.shape == (2, 4)
     assert not any(k.startswith("model.encoder") for k in found["decoder"].module.state_dict()), "the decoder carries no encoder"
+
+
+def test_components__a_proposer_is_the_third() -> None:
+    class Proposer(nn.Module):
+        def forward(self, image_embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            cells = image_embeddings.flatten(2).transpose(1, 2)
+            return cells[..., :4], cells[..., 4].sigmoid()
+
+    shape = DecoderShape(embed_dim=32, heads=2, mlp_dim=32)
+    model = Sam("tiny", SamVit(VitShape(SIZE, 32, 1, 2, 0, (0,), 32), PatchEmbed(32)), shape, Preprocess(SIZE)).eval()
+    assert model.proposer is None and list(components(model)) == ["encoder", "decoder"]
+    model.proposer = Proposer()
+    found = components(model)
+    assert list(found) == ["encoder", "decoder", "proposer"] and found["proposer"].outputs == ("boxes", "scores")
+    with torch.no_grad():
+        boxes, scores = found["proposer"].module(*found["proposer"].example.values())
+    assert boxes.shape == (1, 16, 4) and scores.shape == (1, 16)
+
+
+def test_decoder_shape__is_whole_numbers_and_sams_by_default() -> None:
+    # Checkpoints keep it as a dict of ints; one written before a field existed gets SAM's value for it.
+    values = asdict(DecoderShape())
+    assert all(isinstance(v, int) for v in values.values())
+    assert DecoderShape(**{k: int(v) for k, v in values.items()}) == DecoderShape()
+    old = {"embed_dim": 256, "heads": 8, "mlp_dim": 2048, "mask_channels": 16}
+    assert DecoderShape(**old) == DecoderShape()
+    keys = PromptEncoder(DecoderShape(), 1024).state_dict()
+    assert len(keys) == 17, "the tensors of Meta's prompt encoder"

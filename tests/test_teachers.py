@@ -1,15 +1,18 @@
-"""Teachers by name: the shipped one works, SAM's say where their weights are, Hugging Face folders load."""
+"""Teachers by name: the shipped one works, the published ones say where their weights are, Hugging Face folders and hub ids load."""
 from __future__ import annotations
 
+import hashlib
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from test_sam import reference
 
-from edgekd import teachers
+from edgekd import catalogue, teachers, zoo
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.models.efficientnet_lite import TAPS, EfficientNetLite0, SameConv, read_pretrained
+from edgekd.models.sam_vit import SamVit
 from edgekd.teachers import huggingface
 
 
@@ -28,11 +31,27 @@ def test_sam_nano__weights_are_small_enough_for_the_wheel() -> None:
     assert path is not None and path.stat().st_size <= 25_000_000
 
 
-@pytest.mark.parametrize("name", sorted(teachers.HUB))
-def test_load__sam_without_weights_names_the_hub_id_and_the_dry_run(name: str) -> None:
+@pytest.mark.parametrize("name", zoo.names())
+def test_published__described_without_loading(name: str) -> None:
+    found = teachers.describe(name)
+    assert found["family"] == zoo.SPECS[name].family and found["params_m"] > 3 and found["image_size"] in (512, 1024) and found["weights"]
+    assert teachers.licence(name)
+
+
+def test_names__list_every_model_once() -> None:
+    assert len(teachers.names()) == len(set(teachers.names())) and set(zoo.names()) < set(teachers.names())
+    rows = catalogue.models()
+    assert [r["name"] for r in rows if r["name"] in zoo.SPECS] == zoo.names() and len(rows) == len({r["name"] for r in rows})
+    official = {r["name"]: r for r in rows if r["name"] in zoo.SPECS}
+    assert all({"kind", "family", "params_m", "image_size"} <= set(r) for r in official.values())
+    assert official["sam_vit_h"]["kind"] == "teacher" and official["edge_sam"]["kind"] == "student"
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_load__published_without_weights_says_where_they_are_and_that_a_file_works(name: str) -> None:
     with pytest.raises(UsageError) as e:
         teachers.load(name, offline=True)
-    assert teachers.HUB[name][0] in str(e.value) and "--dry-run" in str(e.value)
+    assert zoo.SPECS[name].source in str(e.value) and "--dry-run" in str(e.value) and "file" in str(e.value)
 
 
 def test_load__unknown_name() -> None:
@@ -48,11 +67,15 @@ def test_load__folder_of_hugging_face_files(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.allclose(ours.embed(images), library.get_image_embeddings(images), atol=1e-6)
     assert ours.preprocess.image_size == 64 and ours.embed_dim == 32
+    assert isinstance(ours.encoder, SamVit), "SAM runs on our own network"
 
 
 def test_load__folder_of_another_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(EdgekdError):
+    with pytest.raises(UsageError, match="type 'bert' cannot be a teacher"):
+        teachers.load(str(tmp_path), offline=True)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(EdgekdError, match="cannot be read"):
         teachers.load(str(tmp_path), offline=True)
 
 
@@ -68,6 +91,71 @@ def test_convert__a_shape_that_does_not_fit_is_named() -> None:
     library.mask_decoder.iou_token = torch.nn.Embedding(1, 16)
     with pytest.raises(EdgekdError, match=r"mask_decoder\.iou_token\.weight is"):
         huggingface.convert(library, "odd")
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """Stands for huggingface_hub: says what it was asked and gives what is in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked = folder, list[tuple]()
+
+    def snapshot_download(self, repo: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        self.asked.append((repo, tuple(allow_patterns), local_files_only))
+        return str(self.folder)
+
+    def hf_hub_download(self, repo: str, file: str, *, local_files_only: bool) -> str:
+        self.asked.append((repo, file, local_files_only))
+        return str(self.folder / file)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    reference(5).save_pretrained(tmp_path)
+    found = Hub(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", found)  # type: ignore[arg-type]
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return found
+
+
+def test_hub_id__fetches_no_pickles_and_shows_the_checksum(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert teachers.load("someone/tiny-sam").name == "tiny-sam"
+    (repo, patterns, offline), = hub.asked
+    assert repo == "someone/tiny-sam" and not offline
+    assert all(p.endswith((".json", ".safetensors")) for p in patterns)
+    said = capsys.readouterr().err
+    assert hashlib.sha256((hub.folder / "model.safetensors").read_bytes()).hexdigest() in said and "model.safetensors" in said
+
+
+@pytest.mark.parametrize(("variable", "argument", "expected"), [(None, False, False), (None, True, True), ("1", False, True), ("true", False, True), ("0", False, False)])
+def test_hub_id__offline_is_respected(hub: Hub, monkeypatch: pytest.MonkeyPatch, variable: str | None, argument: bool, expected: bool) -> None:
+    if variable is not None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", variable)
+    teachers.load("someone/tiny-sam", offline=argument)
+    assert hub.asked[0][2] is expected
+
+
+def test_hub_file__is_fetched_alone(hub: Hub) -> None:
+    teachers.load("someone/tiny-sam/model.safetensors")
+    assert hub.asked == [("someone/tiny-sam", "model.safetensors", False)]
+
+
+def test_published_name__comes_from_its_authors_hub(hub: Hub) -> None:
+    teachers.load("sam_vit_b")
+    with pytest.raises(UsageError, match="are not here"):
+        teachers.load("efficientvit_sam_l0")
+    assert [a[0] for a in hub.asked] == ["facebook/sam-vit-base", "mit-han-lab/efficientvit-sam"]
+    assert hub.asked[1][1] == "efficientvit_sam_l0.pt"
+
+
+def test_hub_id__out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EdgekdError, match=r"neither here nor a hub id[\s\S]*switched off"):
+        teachers.load("someone/not-here", offline=True)
+
+
+# --- sam_nano's stem ------------------------------------------------------------------------------------------------------
 
 
 def test_same_conv__pads_as_tensorflow_does() -> None:

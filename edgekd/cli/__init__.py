@@ -28,7 +28,12 @@ ParserError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c._
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network; hub ids come from the local cache. Also after the verb.")] = False,
+) -> None:
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
     if version:
         print(f"edgekd {__version__}")
         raise typer.Exit
@@ -37,6 +42,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Show the vers
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--offline" in given:
+        given = ["--offline", *(a for a in given if a != "--offline")]
     if "--json" in given:
         from edgekd import console
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.options import Json, app, words
+from edgekd.cli.options import Json, app, show, words
 
 
 @app.command("list")
@@ -23,6 +23,34 @@ def list_(
     columns = list(dict.fromkeys(key for row in rows for key in row))
     console.table(columns, [[words(row.get(c)) for c in columns] for row in rows])
     return 0
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A name (edgekd list models), or a file or folder with weights.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a file with a missing, unknown or misshapen key.")] = False, json: Json = False,
+) -> int:
+    """Say what a model or a file of weights is.
+
+    Family and layout are told from the keys and shapes alone; nothing in the file is executed.
+    """
+    from edgekd import api
+
+    return show(api.inspect(model=model, strict=strict), json)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A file or folder with weights.")],
+    to: Annotated[str, typer.Option("--to", help="The layout to write: meta, hf or edgekd.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new file (.safetensors, .pth), or for hf a folder.")],
+    decoder: Annotated[Path | None, typer.Option("--decoder", help="With --to edgekd, for a file that holds an encoder alone: where the decoder comes from.")] = None,
+    json: Json = False,
+) -> int:
+    """Rewrite weights in another layout, bit by bit the same."""
+    from edgekd import api
+
+    return show(api.convert(source=source, to=to, output=output, decoder=decoder), json)
 
 
 @app.command()

@@ -9,6 +9,8 @@ import typer
 from edgekd.cli.options import Data, Json, Limit, MaybeData, Output, Split, TargetName, Threads, app, numbers, show
 from edgekd.errors import UsageError
 
+Modes = Annotated[list[str] | None, typer.Option("--mode", help="With --everything: grid, hierarchical or proposals. Repeatable; all when left out.")]
+
 
 @app.command()
 def quantize(
@@ -34,7 +36,9 @@ def export(
     to: Annotated[str, typer.Option("--to", help="Formats, with commas between: onnx,openvino.")], output: Output,
     scheme: Annotated[str, typer.Option("--scheme", help="A precision (edgekd list schemes).")] = "fp32",
     target: Annotated[str | None, typer.Option("--target", help="The device it is for; decides how int8 is written.")] = None,
-    data: MaybeData = None, threads: Threads = None, json: Json = False,
+    data: MaybeData = None, threads: Threads = None,
+    decoder_signature: Annotated[str, typer.Option("--decoder-signature", help="batched, or sam: the six inputs of segment-anything's own export.")] = "batched",
+    json: Json = False,
 ) -> int:
     """Write a model's files and check them.
 
@@ -45,7 +49,8 @@ def export(
     formats = [f.strip() for f in to.split(",") if f.strip()]
     if not formats:
         raise UsageError("--to names no format", hint="edgekd export MODEL --to onnx,openvino --output DIR")
-    found = api.export(model=model, to=formats, output=output, scheme=scheme, data=data, target=target, threads=threads)
+    found = api.export(model=model, to=formats, output=output, scheme=scheme, data=data, target=target, threads=threads,
+                       decoder_signature=decoder_signature)  # type: ignore[arg-type]
     rows = found["exports"]
     if json:
         console.emit(found)
@@ -61,11 +66,21 @@ def profile(
     artifact: Annotated[str, typer.Argument(help="An artifact or run folder.")], target: TargetName = "host", threads: Threads = None,
     warmup: Annotated[int, typer.Option("--warmup", help="Runs before the clock starts.")] = 3,
     repeats: Annotated[int, typer.Option("--repeats", help="Runs that are timed, at most.")] = 30,
-    prompts: Annotated[int, typer.Option("--prompts", help="Prompts per image in one decoder call.")] = 1, json: Json = False,
+    prompts: Annotated[int, typer.Option("--prompts", help="Prompts per image in one decoder call.")] = 1,
+    everything: Annotated[bool, typer.Option("--everything", help="Measure segmenting everything instead, all decoder calls included.")] = False,
+    mode: Modes = None, json: Json = False,
 ) -> int:
     """Measure latency, memory and size on a device."""
-    from edgekd import api
+    from edgekd import api, console
 
+    if everything:
+        found = api.profile_everything(artifact=artifact, target=target, threads=threads, repeats=repeats, modes=mode or [])
+        if json:
+            console.emit(found)
+        else:
+            console.table(["mode", "prompts", "masks", "total p50, ms", "of it decoder"],
+                          [[r["mode"], r["prompts"], r["masks"], round(r["latency_ms"]["p50"], 1), round(r["parts_ms"]["decoder"]["p50"], 1)] for r in found])
+        return 0
     return show(api.profile(artifact=artifact, target=target, threads=threads, warmup=warmup, repeats=repeats, prompts=prompts), json)
 
 
@@ -74,7 +89,12 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A teacher, student, checkpoint, artifact, run, baseline/disc or hub id.")], data: Data, split: Split = None,
     teacher: Annotated[str | None, typer.Option("--teacher", help="Measure the agreement with this teacher; known already for artifacts.")] = None,
     limit: Limit = None, max_instances: Annotated[int | None, typer.Option("--max-instances", help="Masks asked for per image, at most.")] = None,
-    threads: Threads = None, json: Json = False,
+    threads: Threads = None,
+    metrics: Annotated[str | None, typer.Option("--metrics", help="With commas between: box,center,clicks (these when left out), noc, oracle, everything.")] = None,
+    boxes: Annotated[str | None, typer.Option("--boxes", help="COCO's AP instead, for a detector's results json, or for 'truth'.")] = None,
+    mode: Annotated[str, typer.Option("--mode", help="How the group everything is asked: grid, hierarchical, proposals, or auto.")] = "auto",
+    images: Annotated[Path | None, typer.Option("--images", help="The photos of a COCO or LVIS json, when not beside it.")] = None,
+    json: Json = False,
 ) -> int:
     """Measure a model's accuracy.
 
@@ -82,12 +102,14 @@ def evaluate(
     """
     from edgekd import api, console
 
-    found = api.evaluate(model=model, data=data, split=split, teacher=teacher, limit=limit, max_instances=max_instances, threads=threads)
+    found = api.evaluate(model=model, data=data, split=split, teacher=teacher, limit=limit, max_instances=max_instances, threads=threads, boxes=boxes,
+                         everything_mode=mode, images=images,
+                         metrics=[m.strip() for m in metrics.split(",") if m.strip()] if metrics is not None else None)
     if json:
         console.emit(found.to_dict())
         return 0
     flat = {**found.metrics, **{f"teacher_agreement.{k}": v for k, v in (found.teacher_agreement or {}).items()}}
-    console.table(["metric", "mean IoU", "95 % low", "95 % high"], [[k, round(v, 4), *(round(x, 4) for x in found.interval95[k])] for k, v in flat.items()],
+    console.table(["metric", "mean", "95 % low", "95 % high"], [[k, round(v, 4), *(round(x, 4) for x in found.interval95[k])] for k, v in flat.items()],
                   title=f"{found.model} on {found.protocol['dataset']}: {found.images} images, {found.instances} instances")
     return 0
 
@@ -96,14 +118,22 @@ def evaluate(
 def predict(
     model: Annotated[str, typer.Argument(help="An artifact or run folder, or any other model.")],
     image: Annotated[Path, typer.Argument(help="A photo.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mask, a PNG of the photo's size.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The mask, a PNG of the photo's size; with --everything a JSON file.")],
     point: Annotated[list[str] | None, typer.Option("--point", metavar="X,Y[,0]", help="A click in pixels; ,0 means not this. Repeatable.")] = None,
     box: Annotated[str | None, typer.Option("--box", metavar="X0,Y0,X1,Y1", help="A box in pixels.")] = None,
+    everything: Annotated[bool, typer.Option("--everything", help="All masks of the photo, as COCO run lengths and a picture.")] = False,
+    mode: Annotated[str, typer.Option("--mode", help="With --everything: grid, hierarchical, proposals, or auto.")] = "auto",
+    points_per_side: Annotated[int | None, typer.Option("--points-per-side", help="With --everything: of the grid.")] = None,
     threads: Threads = None, json: Json = False,
 ) -> int:
-    """Segment what a click or a box means."""
+    """Segment what a click or a box means, or everything."""
     from edgekd import api
 
+    if everything:
+        if point or box is not None:
+            raise UsageError("--everything takes no prompt", hint="leave out --point and --box")
+        all_ = api.everything(model=model, image=image, output=output, mode=mode, points_per_side=points_per_side, threads=threads)
+        return show({"masks": len(all_), "json": str(output), "picture": str(output.with_suffix(".png")), "mode": all_.mode, "prompts": all_.work.prompts}, json)
     clicks = [numbers(p, (2, 3), "--point takes X,Y or X,Y,0") for p in point or []]
     corners = numbers(box, (4,), "--box takes X0,Y0,X1,Y1") if box is not None else None
     found = api.predict(model=model, image=image, output=output, points=[(c[0], c[1]) for c in clicks],

@@ -14,8 +14,8 @@ app = typer.Typer(name="edgekd", add_completion=False, no_args_is_help=True, pre
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; messages stay on stderr.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
-Data = Annotated[str, typer.Option("--data", help="A folder of photos, a COCO json, a data pack, or scenes:seed=1,count=100.")]
-MaybeData = Annotated[str | None, typer.Option("--data", help="A folder of photos, a COCO json, a data pack, or scenes:seed=1,count=100.")]
+Data = Annotated[str, typer.Option("--data", help="A folder of photos, a COCO or LVIS json, SA-1B tars, a data pack, or scenes:seed=1,count=100.")]
+MaybeData = Annotated[str | None, typer.Option("--data", help="A folder of photos, a COCO or LVIS json, SA-1B tars, a data pack, or scenes:seed=1,count=100.")]
 Split = Annotated[str | None, typer.Option("--split", help="Which split of the data.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="The first so many images only.")]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="The model to copy from; the recipe's when left out.")]

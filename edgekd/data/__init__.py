@@ -1,4 +1,4 @@
-"""Photos and masks. `open_data` takes whatever a user may call data: a folder, a COCO json, a pack, procedural scenes."""
+"""Photos and masks. `open_data` takes whatever a user may call data: a folder, a COCO or LVIS json, SA-1B tars, a pack, procedural scenes."""
 from __future__ import annotations
 
 import re
@@ -10,10 +10,11 @@ from edgekd.data.coco import Coco
 from edgekd.data.folder import Folder
 from edgekd.data.images import SUFFIXES, ImageError
 from edgekd.data.pack import Pack, is_pack
+from edgekd.data.sa1b import Sa1b, is_sa1b
 from edgekd.errors import UsageError, closest, unknown
 from edgekd.protocols import Dataset, Sample
 
-__all__ = ["Coco", "Folder", "ImageError", "Pack", "Subset", "open_data"]
+__all__ = ["Coco", "Folder", "ImageError", "Pack", "Sa1b", "Subset", "open_data"]
 
 SCHEMES = ("scenes",)
 
@@ -47,26 +48,28 @@ class Subset:
         return workspace.fingerprint(["subset", self.dataset.fingerprint(), self.indices])
 
 
-def open_data(spec: str | Path, *, split: str | None = None, limit: int | None = None, masks: bool = True) -> Dataset:
+def open_data(spec: str | Path, *, split: str | None = None, limit: int | None = None, masks: bool = True, images: str | Path | None = None) -> Dataset:
     """Open data by what the user wrote.
 
-    `spec`: a folder of photos (or one photo), a COCO json, a data pack (a folder with `index.json`), or
-    `scenes:seed=1,count=100`. `split`: of a pack, or a subfolder of a folder. `limit`: the first so many images only.
-    `masks=False`: leave the labels unread.
+    `spec`: a folder of photos (or one photo), a COCO or LVIS json, SA-1B (a tar, a folder of tars or of extracted pairs), a data pack
+    (a folder with `index.json`), or `scenes:seed=1,count=100`. `split`: of a pack, or a subfolder of a folder. `limit`: the first so many
+    images only. `masks=False`: leave the labels unread. `images`: the folder with the images that a json names.
 
     Raises:
         UsageError: nothing there, nothing usable there, or an unknown scheme or split.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"a limit of {limit} images leaves nothing", hint="give 1 or more")
-    dataset = _open(spec, split, limit, masks)
+    dataset = _open(spec, split, limit, masks, images)
     if limit is not None and limit < len(dataset):
         return Subset(dataset, range(limit), name=f"{dataset.name}[:{limit}]")
     return dataset
 
 
-def _open(spec: str | Path, split: str | None, limit: int | None, masks: bool) -> Dataset:
+def _open(spec: str | Path, split: str | None, limit: int | None, masks: bool, images: str | Path | None) -> Dataset:
     path = Path(spec).expanduser()
+    if images is not None and path.suffix.lower() != ".json":
+        raise UsageError("a folder of images is for a COCO or LVIS json only", where=spec, hint="leave --images out")
     scheme = re.match(r"([A-Za-z][\w+-]+):(?!\\)|^(scenes)$", str(spec))
     if scheme and not path.exists():
         name = scheme.group(1) or scheme.group(2)
@@ -81,13 +84,17 @@ def _open(spec: str | Path, split: str | None, limit: int | None, masks: bool) -
     if path.is_dir():
         if is_pack(path):
             return Pack(path, split=split, masks=masks)
-        return Folder(_subfolder(path, split), limit=limit)
+        folder = _subfolder(path, split)
+        return Sa1b(folder, masks=masks, limit=limit) if is_sa1b(folder) else Folder(folder, limit=limit)
     _refuse_split(split, str(spec))
     if path.suffix.lower() == ".json":
-        return Coco(path, masks=masks)
+        return Coco(path, masks=masks, images=images, limit=limit)
+    if path.suffix.lower() == ".tar":
+        return Sa1b(path, masks=masks, limit=limit)
     if path.suffix.lower() in SUFFIXES:
         return Folder(path, limit=limit)
-    raise UsageError("this file is neither an image nor a COCO json", where=path, hint="give a folder of images, a COCO .json or a data pack")
+    raise UsageError("this file is neither an image nor a COCO json nor a tar", where=path,
+                     hint="give a folder of images, a COCO or LVIS .json, an SA-1B .tar (not compressed) or a data pack")
 
 
 def _refuse_split(split: str | None, spec: str) -> None:
@@ -107,4 +114,4 @@ def _missing(path: Path) -> UsageError:
     """The error for a path that is not there, with the nearest name that is."""
     near = closest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
     return UsageError(f"there is no data at {path}", hint=f"did you mean '{path.parent / near}'?" if near else
-                      "give a folder of images, a COCO .json, a data pack, or scenes:seed=1,count=100")
+                      "give a folder of images, a COCO or LVIS .json, an SA-1B .tar, a data pack, or scenes:seed=1,count=100")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from edgekd.data.images import ImageError, read_image
 
-_CHECK_SIDE = 64
+CHECK_SIDE = 64
 """JPEGs are decoded at 1/8 when checked: every byte is still read, so a truncated file is found, at a fraction of the time."""
 
 
 def problem(path: Path) -> str | None:
     """Why this photo cannot be used, or None. Decodes it: a header says nothing about a truncated file."""
     try:
-        read_image(path, max_side=_CHECK_SIDE)
+        read_image(path, max_side=CHECK_SIDE)
     except ImageError as e:
         return e.what
     return None

@@ -6,6 +6,7 @@ Coordinates are continuous everywhere: x runs from 0 (left edge of the photo) to
 from __future__ import annotations
 
 import functools
+import io
 import math
 import threading
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class ImageError(EdgekdError):
     """An image file that cannot be read; `where` names it."""
 
 
-def read_image(path: str | Path, *, max_side: int | None = None, orient: bool = True) -> np.ndarray:
+def read_image(path: str | Path, *, max_side: int | None = None, orient: bool = True, data: bytes | None = None) -> np.ndarray:
     """Read an image file as (H, W, 3) uint8 RGB, turned upright by its EXIF orientation (unless `orient` is False).
 
     - 16-bit grey keeps its upper 8 bits: a fixed rule, because stretching the contrast of each image would make one
@@ -42,13 +43,14 @@ def read_image(path: str | Path, *, max_side: int | None = None, orient: bool = 
     - CMYK (also Adobe's inverted kind), palette, two-level, floating-point (0..1 or 0..255) and grey become RGB. Colour
       profiles are not applied. Of animations, the first frame.
     - `max_side`: shrink so that the longer side is at most this; JPEGs are then decoded at a fraction of the cost.
+    - `data`: the file's content, when it lies inside another file (a tar); `path` then only names it.
 
     Raises:
         ImageError: missing, truncated, not an image, or more than `MAX_PIXELS` pixels.
     """
     path = Path(path)
     try:
-        with _open(path) as image:
+        with _open(path if data is None else io.BytesIO(data)) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(f"the image has {width} x {height} pixels, more than the {MAX_PIXELS // 10**6} million that are decoded",
@@ -71,7 +73,7 @@ def read_image(path: str | Path, *, max_side: int | None = None, orient: bool = 
         raise ImageError(f"the image cannot be read: {reason}", where=path) from e
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path | io.BytesIO) -> Image.Image:
     """Open (header only) without Pillow's own, lower, pixel limit: a global, so it is lifted for this one call."""
     with _open_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

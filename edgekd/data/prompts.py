@@ -45,7 +45,7 @@ class Prompts:
         """The points of both, prompt by prompt."""
         return Prompts(np.concatenate([self.points, other.points], axis=1), np.concatenate([self.labels, other.labels], axis=1))
 
-    def __getitem__(self, index: slice) -> Prompts:
+    def __getitem__(self, index: slice | np.ndarray) -> Prompts:
         return Prompts(self.points[index], self.labels[index])
 
     @property
@@ -101,6 +101,30 @@ def error_clicks(predicted: np.ndarray, truth: np.ndarray, rng: np.random.Genera
     """`error_click` of each pair of (P, H, W) masks, as P one-point prompts."""
     clicks = [error_click(p, t, rng) for p, t in zip(predicted, truth, strict=True)]
     return Prompts.clicks(np.array([c[0] for c in clicks]), np.array([c[1] for c in clicks], dtype=int))
+
+
+def deepest_error(predicted: np.ndarray, truth: np.ndarray, clicked: np.ndarray) -> tuple[np.ndarray, int]:
+    """The next click of an interactive session: the wrong pixel that lies deepest in its region, and which way it corrects.
+
+    Missed and superfluous pixels are regions of their own, and the photo's border is an edge of both (the convention of RITM, arXiv
+    2102.06583, sec. 4: maxima of two distance transforms; superfluous on a tie). A pixel clicked before is not clicked again.
+
+    Args:
+        predicted, truth, clicked: (H, W) bool.
+
+    Returns:
+        (2,) xy and POSITIVE or NEGATIVE; ABSENT when no wrong pixel is left to click.
+    """
+    wrong = predicted != truth
+    if not (wrong & ~clicked).any():
+        return np.zeros(2), ABSENT
+    x0, y0, x1, y1 = box_from_mask(wrong).astype(int)
+    wanted, free = truth[y0:y1, x0:x1], ~clicked[y0:y1, x0:x1]
+    depths = [ndimage.distance_transform_edt(np.pad(wrong[y0:y1, x0:x1] & side, 1))[1:-1, 1:-1] * free for side in (wanted, ~wanted)]
+    label = POSITIVE if depths[0].max() > depths[1].max() else NEGATIVE
+    depth = depths[0 if label == POSITIVE else 1]
+    row, column = np.unravel_index(np.argmax(depth), depth.shape)
+    return np.array([x0 + column + 0.5, y0 + row + 0.5]), label
 
 
 def grid_points(per_side: int, height: int, width: int) -> np.ndarray:

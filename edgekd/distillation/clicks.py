@@ -52,24 +52,33 @@ def boxes(masks: Tensor, jitter: float = 0.0, limit: float = 20.0, generator: to
     return corners.unflatten(1, (2, 2)) - 0.5
 
 
-def first_prompts(masks: Tensor, low: Tensor, box_share: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """masks (P, S, S) bool and the same at logit resolution (P, h, w) -> points (P, 2, 2), labels (P, 2).
+def first_prompts(masks: Tensor, low: Tensor, box_share: float, generator: torch.Generator | None = None, *, together: bool = False,
+                  jitter: float = 0.1, central: float = 0.5, clicks: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor]:
+    """masks (P, S, S) bool and the same at logit resolution (P, h, w) -> points (P, N, 2), labels (P, N), N = max(2, most clicks).
 
-    A box takes both places; a click takes one, the other is absent. Half of the clicks are central, half anywhere in the mask.
+    A box takes the first two places; clicks take theirs, the others are absent. `box_share` of the prompts are boxes, or with `together`
+    all are or none is; a prompt has `clicks` = (fewest, most) points, the first of them central with a chance of `central`, else, like
+    all others, anywhere in the mask. `jitter` is the noise of a box as a share of its side.
     """
-    prompts = len(masks)
-    as_box = torch.rand(prompts, generator=generator) < box_share
+    prompts, most = len(masks), clicks[1]
+    as_box = torch.rand(1 if together else prompts, generator=generator).expand(prompts) < box_share
     anywhere = pick_cell(low, generator)
-    click = torch.where((torch.rand(prompts, 1, generator=generator) < 0.5), central_cell(low, generator), anywhere)
+    click = torch.where((torch.rand(prompts, 1, generator=generator) < central), central_cell(low, generator), anywhere)
     limit = 20.0 * masks.shape[-1] / 1024  # SAM's 20 px are of a 1024 px frame
-    points = torch.where(as_box[:, None, None], boxes(masks, 0.1, max(limit, 5.0), generator), torch.stack([click, click], dim=1))
-    labels = torch.where(as_box[:, None], torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]), torch.tensor([POSITIVE, ABSENT])).float()
-    return points, labels
+    corners = boxes(masks, jitter, max(limit, 5.0), generator)
+    points = torch.stack([click, *(pick_cell(low, generator) for _ in range(most - 1))] if most > 1 else [click, click], dim=1)
+    count = torch.randint(clicks[0], most + 1, (prompts, 1), generator=generator) if most > 1 else torch.ones(prompts, 1)
+    labels = torch.where(torch.arange(points.shape[1]) < count, POSITIVE, ABSENT)
+    box_points = torch.cat([corners, corners[:, 1:].expand(-1, points.shape[1] - 2, -1)], dim=1)
+    box_labels = torch.tensor([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, *[ABSENT] * (points.shape[1] - 2)])
+    points = torch.where(as_box[:, None, None], box_points, points)
+    return points, torch.where(as_box[:, None], box_labels, labels).float()
 
 
-def error_click(prediction: Tensor, truth: Tensor, valid: Tensor | None = None, generator: torch.Generator | None = None, side: int = CELL) -> tuple[Tensor, Tensor]:
+def error_click(prediction: Tensor, truth: Tensor, valid: Tensor | None = None, generator: torch.Generator | None = None, side: int = CELL,
+                fewest: int = FEWEST_ERROR_CELLS) -> tuple[Tensor, Tensor]:
     """prediction, truth (P, h, w) bool -> point (P, 1, 2), label (P, 1): uniform over the cells where they differ, positive
-    where the truth is 1; absent where fewer than FEWEST_ERROR_CELLS differ. `side` is that of a cell in input pixels."""
+    where the truth is 1; absent where fewer than `fewest` differ. `side` is that of a cell in input pixels."""
     wrong = prediction ^ truth
     if valid is not None:
         wrong = wrong & valid
@@ -77,5 +86,5 @@ def error_click(prediction: Tensor, truth: Tensor, valid: Tensor | None = None, 
     cell = ((point - (side / 2 - 0.5)) / side).round().long()
     positive = truth[torch.arange(len(truth)), cell[:, 1], cell[:, 0]]
     label = torch.where(positive, POSITIVE, NEGATIVE)
-    label = torch.where(wrong.flatten(1).sum(1) < FEWEST_ERROR_CELLS, ABSENT, label)
+    label = torch.where(wrong.flatten(1).sum(1) < fewest, ABSENT, label)
     return point.unsqueeze(1), label.unsqueeze(1).float()

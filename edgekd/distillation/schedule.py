@@ -1,10 +1,24 @@
-"""Learning rate and weight decay of a stage."""
+"""Learning rate, weight decay and optimizer of a stage."""
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 
+import torch
 from torch import nn
+
+from edgekd.recipe import Stage
+
+
+def rate(stage: Stage, step: int) -> float:
+    """The stage's learning rate at a step."""
+    return cosine(step, stage.steps, stage.lr, stage.lr if stage.schedule == "constant" else stage.min_lr, stage.warmup)
+
+
+def optimizer(stage: Stage, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
+    """The stage's optimizer over the parameters that are to be trained."""
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[stage.optimizer]
+    return kind(decay_groups(modules, stage.weight_decay), lr=stage.lr, betas=stage.betas, fused=True)
 
 
 def cosine(step: int, steps: int, peak: float, least: float, warmup: int) -> float:

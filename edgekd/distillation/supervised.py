@@ -157,7 +157,7 @@ class SupervisedTrainer:
             return {"step": step, "skipped": 1.0}
         self.optimizer.step()
         self.update_average(min(c.ema, (step + 1) / (step + 20)))
-        return {"step": step, "loss": float(loss), "affinity": float(affinity), "iou_first": float(scores[0]), "iou_last": float(scores[-1]),
+        return {"step": step, "loss": float(loss.detach()), "affinity": float(affinity.detach()), "iou_first": float(scores[0]), "iou_last": float(scores[-1]),
                 "clicks": rounds, "norm": norm, "lr": c.lr * rate}
 
     def update_average(self, keep: float) -> None:

@@ -1,8 +1,6 @@
-"""One stage of distillation, on one screen: embed, ask teacher and student the same prompts, add up the objectives, step.
+"""One stage of distillation, on one screen: embed, ask teacher and student the same, add up the objectives, step.
 
-The prompt loop is EdgeSAM's second phase (arXiv 2312.06660, sec. 3.2; Algorithm 1): a box or a click an instance, then clicks in the
-region where student and teacher differ. All prompts of a batch are decoded in one call, and the error region of all of them is
-sampled at once. What differs: box and click are mixed within a batch (absent points make room), and small batches clip at 1.0.
+What is asked once a decode is in `prompting.PromptLoop`. A stage trains the parts that it names and leaves all others as they are.
 """
 from __future__ import annotations
 
@@ -17,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.distillation.batches import Batch, Batches
-from edgekd.distillation.clicks import error_click, first_prompts
-from edgekd.distillation.objectives import Context, Objective, Outputs
+from edgekd.distillation.clicks import boxes
+from edgekd.distillation.objectives import PER_PROMPT, Context, Objective, Outputs
 from edgekd.distillation.objectives import build as build_objective
-from edgekd.distillation.schedule import cosine, decay_groups
-from edgekd.errors import EdgekdError
+from edgekd.distillation.prompting import PromptLoop
+from edgekd.distillation.schedule import optimizer, rate
+from edgekd.errors import EdgekdError, UsageError
+from edgekd.models.proposer import BoxProposer
 from edgekd.models.sam import Sam
 from edgekd.recipe import Stage
 from edgekd.workspace import atomic_path, fingerprint
 
-SHARE_BOX = 0.5
 MOST_BAD_STEPS = 10
 CHECKPOINT_SECONDS = 15.0
 Row = dict[str, float]
@@ -48,15 +47,11 @@ class StageTrainer:
     def __init__(self, student: Sam, teacher: Sam, stage: Stage, batches: Batches, state: Path) -> None:
         self.student, self.teacher, self.stage, self.batches, self.state = student, teacher, stage, batches, Path(state)
         self.objectives: list[tuple[float, Objective]] = [(o.weight, build_objective(o.name, o.options)) for o in stage.objectives]
-        self.prompted = any({"masks", "iou"} & o.needs for _, o in self.objectives)
         self.bf16 = stage.precision == "bf16" or (stage.precision == "auto" and torch.backends.mkldnn.is_available() and _fast_bf16())
-        parts = [m for name, m in (("encoder", student.encoder), ("decoder", student.mask_decoder)) if name in stage.trainable]
-        student.requires_grad_(False)
-        for part in parts:
-            part.requires_grad_(True)
-        self.trained = parts
-        groups = decay_groups([*parts, *(o for _, o in self.objectives)], stage.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.999), fused=True)
+        self.trained = trainable_parts(student, stage)
+        check_reach(student, stage, [o for _, o in self.objectives])
+        self.optimizer = optimizer(stage, [*self.trained, *(o for _, o in self.objectives)])
+        self.loop = PromptLoop(student, teacher, stage, self.objectives)
         self.average = {k: v.detach().clone() for k, v in student.state_dict().items()} if stage.ema else None
         self.step, self.result = 0, StageResult(stage.name)
 
@@ -65,55 +60,30 @@ class StageTrainer:
     def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """The weighted objectives of one batch, a scalar."""
         embedding = self.student.embed(batch.images)
-        ours, theirs = Outputs(embedding), Outputs(batch.embedding)
-        context = Context(batch.valid)
+        boxed = any("boxes" in o.needs for _, o in self.objectives)
+        proposals = self.student.proposer(embedding) if boxed and self.student.proposer is not None else None
+        ours, theirs = Outputs(embedding, proposals=proposals), Outputs(batch.embedding)
+        known = instance_boxes(batch.labels) if boxed else None
+        context = Context(batch.valid, boxes=known, side=self.student.preprocess.side, generator=generator)
         total = embedding.new_zeros((), dtype=torch.float32)
         for weight, objective in self.objectives:
-            if objective.needs == {"embedding"}:
+            if not objective.needs & PER_PROMPT:
                 total = total + weight * objective(ours, theirs, context).mean()
-        return total + self.prompt_loop(ours, theirs, batch, generator) if self.prompted else total
-
-    def prompt_loop(self, ours: Outputs, theirs: Outputs, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The objectives on masks, mean over the decodes."""
-        masks = batch.masks(self.stage.instances, generator)
-        low = torch.nn.functional.avg_pool2d(masks.float().unsqueeze(1), 4).squeeze(1)
-        low = low >= low.amax((1, 2), keepdim=True).clamp(max=0.5)
-        points, labels = first_prompts(masks, low, SHARE_BOX, generator)
-        valid = batch.valid.squeeze(1).repeat_interleave(self.stage.instances, 0)
-        context = Context(batch.valid, valid, single=labels[:, 0] == 1)
-        scale = self.teacher.preprocess.side / self.student.preprocess.side
-        losses: list[Tensor] = []
-        last = has_last = None
-        for round_ in range(self.stage.decode_iters + 1):
-            with torch.no_grad():
-                target, quality = self.teacher.decode(theirs.embedding, (points + 0.5) * scale - 0.5, labels, resized(last, scale), has_last)
-            logits, predicted = self.student.decode(ours.embedding, points, labels, last, has_last)
-            ours, theirs = Outputs(ours.embedding, logits, predicted), Outputs(theirs.embedding, target, quality)
-            losses.append(sum((w * o(ours, theirs, context).mean() for w, o in self.objectives if o.needs != {"embedding"}), logits.new_zeros(())))
-            if round_ < self.stage.decode_iters:
-                # the mask to correct is the one the teacher believes in most (facts of a click: several may be right)
-                best = torch.where(context.single, 1 + quality[:, 1:].argmax(1), 0) if context.single is not None else quality.argmax(1)
-                every = torch.arange(len(best))
-                truth = nn.functional.interpolate(target.float()[every, best].unsqueeze(1), logits.shape[-2:], mode="bilinear", align_corners=False).squeeze(1) > 0
-                answer = logits.detach().float()[every, best]
-                click, label = error_click(answer > 0, truth, valid > 0, generator)
-                last, has_last = answer.unsqueeze(1).clamp(-20, 20), (torch.rand(len(answer), generator=generator) < self.stage.mask_feedback).float()
-                points, labels = torch.cat([points, click], 1), torch.cat([labels, label], 1)
-        return torch.stack(losses).mean()
+        return total + self.loop(ours, theirs, batch, context) if self.loop.objectives else total
 
     def train_step(self) -> Row:
         """One optimizer step; a loss or gradient that is not finite is skipped, and too many of them end the stage."""
-        stage, generator = self.stage, torch.Generator().manual_seed(self.stage.seed * 1_000_003 + self.step)
-        rate = cosine(self.step, stage.steps, stage.lr, stage.min_lr, stage.warmup)
+        stage, lr, value = self.stage, rate(self.stage, self.step), 0.0
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batch = self.batches[self.step]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            loss = self.loss(batch, generator)
+            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for number in range(self.step * stage.accumulate, (self.step + 1) * stage.accumulate):
+            generator = torch.Generator().manual_seed(stage.seed * 1_000_003 + number)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                loss = self.loss(self.batches[number], generator) / stage.accumulate
+            loss.backward()
+            value += float(loss.detach())
         norm = float(nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], stage.clip))
-        value = float(loss.detach())
         if math.isfinite(norm) and math.isfinite(value):
             self.optimizer.step()
             self.follow()
@@ -123,7 +93,7 @@ class StageTrainer:
                 raise EdgekdError(f"the loss is not finite ({self.result.bad_steps} steps)", where=f"stage {stage.name}, step {self.step}",
                                   hint=f"lower the learning rate: --set stages.N.lr={stage.lr / 10:g}, or --set stages.N.precision=fp32")
         self.step += 1
-        return {"step": self.step, "loss": value if math.isfinite(value) else -1.0, "lr": rate, "norm": norm if math.isfinite(norm) else -1.0}
+        return {"step": self.step, "loss": value if math.isfinite(value) else -1.0, "lr": lr, "norm": norm if math.isfinite(norm) else -1.0}
 
     def follow(self) -> None:
         """Move the average of the weights towards them."""
@@ -140,11 +110,7 @@ class StageTrainer:
         """Train to the end of the stage, from the saved state if there is one; afterwards the student holds the averaged weights."""
         self.resume()
         begun = saved = time.monotonic()
-        self.student.train()
-        if self.stage.frozen_norm:
-            for module in self.student.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        self.set_modes()
         while self.step < self.stage.steps:
             row = self.train_step()
             self.result.curve.append(row)
@@ -158,6 +124,16 @@ class StageTrainer:
         self.student.eval().requires_grad_(False)
         self.result.seconds += time.monotonic() - begun
         return self.result
+
+    def set_modes(self) -> None:
+        """Only what learns is in training mode: batch norms of frozen parts keep their statistics too."""
+        self.student.eval()
+        for part in self.trained:
+            part.train()
+        if self.stage.frozen_norm:
+            for module in self.student.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     def key(self) -> str:
         """A state file belongs to this stage as it is written in the recipe."""
@@ -189,11 +165,44 @@ class StageTrainer:
         self.result.curve, self.result.bad_steps = state["curve"], state["bad_steps"]
 
 
-def resized(mask: Tensor | None, scale: float) -> Tensor | None:
-    """A mask prompt (P, 1, h, w) at the resolution of a model whose input is `scale` times as large."""
-    if mask is None or scale == 1:
-        return mask
-    return nn.functional.interpolate(mask, [round(side * scale) for side in mask.shape[-2:]], mode="bilinear", align_corners=False)
+def trainable_parts(student: Sam, stage: Stage) -> list[nn.Module]:
+    """The parts that the stage trains, and nothing else, with gradients; a box proposer is made where it is to be trained and missing."""
+    if "proposer" in stage.trainable and student.proposer is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stage.seed)
+            student.proposer = BoxProposer(student.embed_dim)
+    parts = {"encoder": student.encoder, "decoder": student.mask_decoder, "prompt_encoder": student.prompt_encoder, "proposer": student.proposer}
+    student.requires_grad_(False)
+    chosen = [part for name in stage.trainable if (part := parts[name]) is not None]
+    for part in chosen:
+        part.requires_grad_(True)
+    return chosen
+
+
+def check_reach(student: Sam, stage: Stage, objectives: Sequence[Objective]) -> None:
+    """Every part that a stage trains must be reached by one of its objectives.
+
+    Raises:
+        UsageError: one is not, or boxes are compared with those of a student that proposes none.
+    """
+    reached = {"encoder": any(o.needs for o in objectives), "proposer": any("boxes" in o.needs for o in objectives)}
+    reached["decoder"] = reached["prompt_encoder"] = any(o.needs & PER_PROMPT for o in objectives)
+    idle = [part for part in stage.trainable if not reached[part]]
+    if idle:
+        raise UsageError(f"no objective of the stage trains the {idle[0]}", where=f"stage {stage.name}",
+                         hint=f"take {idle[0]} out of 'trainable', or add an objective: {'box_proposals' if idle[0] == 'proposer' else 'prompt_masks'}")
+    if reached["proposer"] and student.proposer is None:
+        raise UsageError(f"the student '{student.name}' proposes no boxes", where=f"stage {stage.name}", hint="add proposer to 'trainable'")
+
+
+def instance_boxes(labels: Tensor) -> list[Tensor]:
+    """labels (B, F, F) of instances -> of each image (K, 4) float xyxy in the F frame; x1 and y1 are the edges behind the last pixel."""
+    found = []
+    for one in labels:
+        ids = one[one > 0].unique()
+        corners = boxes(one == ids[:, None, None]) + 0.5 if len(ids) else labels.new_zeros((0, 2, 2), dtype=torch.float32)
+        found.append(corners.flatten(1))
+    return found
 
 
 def _fast_bf16() -> bool:

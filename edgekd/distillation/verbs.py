@@ -76,13 +76,18 @@ def open_training_data(recipe: Recipe, data: str, teacher: Sam, folder: Path) ->
 
 def new_student(name: str, image_size: int, teacher: Sam) -> tuple[Sam, str]:
     """A student for this teacher and where its weights come from: the shipped checkpoint when it was distilled from a teacher of the
-    same shape, else random; the prompt encoder and mask decoder are the teacher's unless the checkpoint has its own."""
-    student = students.build(name, image_size=image_size, shape=teacher.shape, preprocess=teacher.preprocess)
+    same shape, else random; the prompt encoder and mask decoder are the teacher's unless the checkpoint has its own.
+
+    A teacher whose decoder is not SAM's (SAM 2 and others) has none to lend: the student's then starts from random weights too."""
+    shape = getattr(teacher, "shape", None)
+    student = students.build(name, image_size=image_size, embed_dim=teacher.embed_dim, shape=shape, preprocess=teacher.preprocess)
+    if not isinstance(teacher, Sam):
+        return student, f"random weights, the decoder's too: that of {teacher.name} is of another kind, so train it in a stage with prompts"
     student.prompt_encoder.load_state_dict(teacher.prompt_encoder.state_dict())
     student.mask_decoder.load_state_dict(teacher.mask_decoder.state_dict())
     path = students.weights_path(name, image_size)
     if path is None or checkpoint.read_meta(path).teacher != teacher.name:
-        return student, "random weights"
+        return student, "random weights under the teacher's own decoder"
     checkpoint.load_into(student, path)
     return student, f"shipped checkpoint {path.name}"
 

@@ -6,7 +6,10 @@ differs from its training form has `.fold() -> nn.Module`: a new module with the
 """
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,9 @@ from torch import Tensor, nn
 
 from edgekd.errors import unknown
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "hardswish": nn.Hardswish}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "relu": nn.ReLU, "hardswish": nn.Hardswish,
+}
 
 
 def activation(name: str) -> nn.Module:
@@ -159,6 +164,32 @@ def sam_neck(channels: int, embed_dim: int) -> nn.Sequential:
         nn.Conv2d(channels, embed_dim, 1, bias=False), LayerNorm2d(embed_dim),
         nn.Conv2d(embed_dim, embed_dim, 3, padding=1, bias=False), LayerNorm2d(embed_dim),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def cubic_weights(size: int, target: int) -> tuple[tuple[float, ...], ...]:
+    """(target, size): bicubic resampling along one axis (Keys' kernel with a = -0.75, borders repeated, half-pixel centres)."""
+    a, rows = -0.75, []
+    for place in range(target):
+        centre = (place + 0.5) * size / target - 0.5
+        row = [0.0] * size
+        for source in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            d = abs(centre - source)
+            weight = (a + 2) * d**3 - (a + 3) * d**2 + 1 if d <= 1 else a * (d**3 - 5 * d**2 + 8 * d - 4)
+            row[min(max(source, 0), size - 1)] += weight
+        rows.append(tuple(row))
+    return tuple(rows)
+
+
+def bicubic(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, h, w) -> (B, C, height, width), equal to `interpolate(mode="bicubic", align_corners=False)`.
+
+    A small matrix per axis: runtimes have fast kernels for that and slow ones, or none, for bicubic resizing (256 maps of 32 x 32
+    took onnxruntime more than a hundred times as long).
+    """
+    pairs = zip(x.shape[-2:], (height, width), strict=True)
+    rows, columns = (torch.tensor(cubic_weights(int(size), target), dtype=x.dtype, device=x.device) for size, target in pairs)
+    return rows @ x @ columns.T
 
 
 def initialise(model: nn.Module) -> None:

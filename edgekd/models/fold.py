@@ -19,13 +19,14 @@ def fold(module: M) -> M:
     return cast(M, _replace(copy.deepcopy(module), {}))
 
 
-def _replace(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """`module` or its replacement, its children treated likewise; `done` maps id(original) to what took its place."""
-    if id(module) in done:
-        return done[id(module)]
+def _replace(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`module` or its replacement, its children treated likewise; `done` maps an original to what took its place (and keeps it alive:
+    by its mere id, a new module in freed memory would be taken for it)."""
+    if module in done:
+        return done[module]
     method = getattr(module, "fold", None)
     new = cast(nn.Module, method()) if callable(method) else module
-    done[id(module)] = new
+    done[module] = new
     for name, child in list(new._modules.items()):
         if child is not None:
             new._modules[name] = _replace(child, done)

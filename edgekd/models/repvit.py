@@ -2,10 +2,12 @@
 
 Each block mixes tokens (depthwise 3x3 with a re-parameterised 1x1 branch and the identity, optional squeeze-excite), then channels
 (1x1 - activation - 1x1, residual). Between stages: depthwise 3x3 at stride 2, 1x1 to the next width, and a channel mixer. The
-embedding is at stride 16: stage 4 (stride 32) is projected, doubled by bilinear upsampling and added to the projected stage 3, then
-SAM's neck follows. Training, evaluation and export use this very graph.
+embedding is at stride 16, in one of two ways. EdgeSAM's (`fuse`): stage 4 (stride 32) is projected, doubled and added to the
+projected stage 3. RepViT-SAM's: the last downsampling keeps the size. SAM's neck follows. Training, evaluation and export use this
+very graph: EdgeSAM doubles with bicubic weights and so does its export here (its own exporter's bilinear costs 8 % of the embedding);
+our students double bilinearly.
 
-**Activation.** The paper uses GELU, and so do the two published geometries. Ours do not: GELU is an erf on CPUs and has no integer
+**Activation.** The paper uses GELU, and so do the published geometries. Ours do not: GELU is an erf on CPUs and has no integer
 kernel. CPU milliseconds of the folded encoder at 256 px (Xeon, 1 thread, minimum of 25-30 interleaved runs):
 
 | | onnxruntime fp32 | onnxruntime int8 (U8S8) | OpenVINO bf16 |
@@ -23,11 +25,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.models.blocks import ConvBN, Residual, SqueezeExcite, activation, conv_like, divisible, fold_batch_norm, initialise, sam_neck
+from edgekd.models.blocks import (
+    ConvBN,
+    Residual,
+    SqueezeExcite,
+    activation,
+    bicubic,
+    conv_like,
+    divisible,
+    fold_batch_norm,
+    initialise,
+    sam_neck,
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,9 @@ class RepViTConfig:
     expand: float = 2.0
     act: str = "gelu"
     joint_norm: bool = True
+    fuse: bool = True
+    upsample: Literal["bilinear", "bicubic"] = "bilinear"
+    """of stage 4 before it is added to stage 3; unused without `fuse`"""
 
     def scaled(self, *, width: float = 1.0, depth: float = 1.0, act: str | None = None) -> RepViTConfig:
         """Widths times `width` (multiples of 8), depths times `depth` (at least one block), `act` if given."""
@@ -52,8 +69,12 @@ CONFIGS: dict[str, RepViTConfig] = {
     "repvit_xs": RepViTConfig((24, 48, 96, 192), (1, 1, 5, 1), act="relu"),
     "repvit_s": RepViTConfig((32, 64, 128, 256), (2, 2, 8, 1), act="relu"),
     "repvit_m": RepViTConfig((40, 80, 160, 320), (3, 3, 14, 2), act="hardswish"),
-    "repvit_m0_9": RepViTConfig((48, 96, 192, 384), (3, 3, 15, 2)),
-    "repvit_m1_0": RepViTConfig((56, 112, 224, 448), (3, 3, 15, 2)),
+    "edge_sam": RepViTConfig((48, 96, 192, 384), (3, 3, 15, 2), joint_norm=False, upsample="bicubic"),
+    "repvit_sam_m0_9": RepViTConfig((48, 96, 192, 384), (3, 3, 15, 2), fuse=False),
+    "repvit_sam_m1_0": RepViTConfig((56, 112, 224, 448), (3, 3, 15, 2), fuse=False),
+    "repvit_sam_m1_1": RepViTConfig((64, 128, 256, 512), (3, 3, 13, 2), fuse=False),
+    "repvit_sam_m1_5": RepViTConfig((64, 128, 256, 512), (5, 5, 25, 4), fuse=False),
+    "repvit_sam": RepViTConfig((80, 160, 320, 640), (7, 7, 35, 2), fuse=False),
 }
 
 
@@ -85,12 +106,12 @@ class RepDW(nn.Module):
 
 
 class RepViTBlock(nn.Module):
-    """(B, cin, H, W) -> (B, cout, H / stride, W / stride); `cin` and `cout` may differ at stride 2 only."""
+    """(B, cin, H, W) -> (B, cout, H / stride, W / stride). `stride` None: within a stage, `cin` is `cout` and the size stays."""
 
-    def __init__(self, cin: int, cout: int, stride: int, *, excite: bool, config: RepViTConfig) -> None:
+    def __init__(self, cin: int, cout: int, stride: int | None, *, excite: bool, config: RepViTConfig) -> None:
         super().__init__()
         gate = SqueezeExcite(cin) if excite else nn.Identity()
-        if stride == 1:
+        if stride is None:
             self.token_mixer = nn.Sequential(RepDW(cin, config.joint_norm), gate)
         else:
             self.token_mixer = nn.Sequential(ConvBN(cin, cin, 3, stride, groups=cin), gate, ConvBN(cin, cout))
@@ -111,26 +132,31 @@ class RepViT(nn.Module):
         stem = nn.Sequential(ConvBN(3, first // 2, 3, 2), activation(config.act), ConvBN(first // 2, first, 3, 2))
         stages = [list(self._stage(index)) for index in range(4)]
         self.features = nn.ModuleList([stem, *(block for stage in stages for block in stage)])
-        self.taps = (len(self.features) - 1 - len(stages[3]), len(self.features) - 1)  # last block of stages 3 and 4
-        self.fuse_stage2 = nn.Conv2d(config.widths[2], embed_dim, 1, bias=False)
-        self.fuse_stage3 = nn.Conv2d(config.widths[3], embed_dim, 1, bias=False)
-        self.neck = sam_neck(embed_dim, embed_dim)
+        self.tap = len(self.features) - 1 - len(stages[3])  # last block of stage 3
+        if config.fuse:
+            self.fuse_stage2 = nn.Conv2d(config.widths[2], embed_dim, 1, bias=False)
+            self.fuse_stage3 = nn.Conv2d(config.widths[3], embed_dim, 1, bias=False)
+        self.neck = sam_neck(embed_dim if config.fuse else config.widths[3], embed_dim)
         initialise(self)
 
     def _stage(self, index: int) -> Iterator[RepViTBlock]:
         """The blocks of stage `index`: the downsampling one first, except in the first stage."""
         config, width, depth = self.config, self.config.widths[index], self.config.depths[index]
         if index:
-            yield RepViTBlock(config.widths[index - 1], width, 2, excite=False, config=config)
+            yield RepViTBlock(config.widths[index - 1], width, 2 if index < 3 or config.fuse else 1, excite=False, config=config)
         for i in range(depth):
             excite = i % 2 == 0 and not (depth >= 3 and i == depth - 1)
-            yield RepViTBlock(width, width, 1, excite=excite, config=config)
+            yield RepViTBlock(width, width, None, excite=excite, config=config)
 
     def forward(self, images: Tensor) -> Tensor:
-        x, taps = images, []
+        x = shallow = images
         for index, block in enumerate(self.features):
             x = block(x)
-            if index in self.taps:
-                taps.append(x)
-        deep = F.interpolate(self.fuse_stage3(taps[1]), scale_factor=2.0, mode="bilinear", align_corners=False)
-        return self.neck(self.fuse_stage2(taps[0]) + deep)
+            if index == self.tap:
+                shallow = x
+        if self.config.fuse:
+            deep = self.fuse_stage3(x)
+            smooth = self.config.upsample == "bicubic"
+            deep = bicubic(deep, *shallow.shape[-2:]) if smooth else F.interpolate(deep, scale_factor=2.0, mode="bilinear", align_corners=False)
+            x = self.fuse_stage2(shallow) + deep
+        return self.neck(x)

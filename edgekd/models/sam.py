@@ -1,12 +1,8 @@
-"""SAM's prompt encoder and mask decoder (arXiv 2304.02643, App. A): ONE for the teacher and every student.
-
-Parameter names follow Meta's checkpoints. Two things differ from the released code, neither in the numbers it gives:
-prompts of different length share a batch (an ABSENT point is masked out of every attention), and the not-a-point token that
-SAM's Python adds for prompts without a box is added inside the graph, so an exported decoder cannot forget it.
+"""SAM's mask decoder and the promptable model around it (arXiv 2304.02643, App. A): ONE for teachers and every student, EfficientSAM's
+variant included. Parameter names follow Meta's checkpoints.
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,81 +10,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.models.blocks import LayerNorm2d
-from edgekd.protocols import ABSENT, BOX_TOP_LEFT, NOT_A_POINT, Component, Preprocess
+from edgekd.models.prompt_encoder import DecoderShape, Dense, PromptEncoder
+from edgekd.protocols import Component, Preprocess
 
 NUM_MASKS = 4  # one for unambiguous prompts + three alternatives
 
 
 @dataclass(frozen=True)
-class DecoderShape:
-    """Sizes of the prompt encoder and mask decoder. The defaults are SAM's; `sam_nano` is half as wide."""
+class ImageTokens:
+    """What the prompts attend to: `tokens` (B, s*s, E), B images or P of them, to which each prompt adds `dense`."""
 
-    embed_dim: int = 256
-    heads: int = 8
-    mlp_dim: int = 2048
-    mask_channels: int = 16
-    """width of the mask prompt's convolutions"""
+    tokens: Tensor
+    prompts: int
+    dense: Dense | None = None
 
+    def plain(self) -> Tensor:
+        """(P, s*s, E)."""
+        return self._each(self.tokens, None)
 
-class PositionEmbedding(nn.Module):
-    """Random Fourier features of positions in 0..1 (SAM uses a Gaussian of standard deviation 1)."""
+    def project(self, linear: nn.Linear, code: Tensor | None = None) -> Tensor:
+        """linear(tokens + dense + code): (P, s*s, out)."""
+        return self._each(linear(self.tokens if code is None else self.tokens + code), linear.weight)
 
-    positional_encoding_gaussian_matrix: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, dim // 2))
-
-    def forward(self, xy: Tensor) -> Tensor:
-        """(..., 2) positions in 0..1 -> (..., dim)."""
-        angle = 2 * math.pi * ((2 * xy - 1) @ self.positional_encoding_gaussian_matrix)
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-    def grid(self, height: int, width: int) -> Tensor:
-        """(height * width, dim): the code of every cell's centre."""
-        device = self.positional_encoding_gaussian_matrix.device
-        y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
-        x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
-        xy = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)
-        return self(xy).flatten(0, 1)
-
-
-class PromptEncoder(nn.Module):
-    """Points, boxes (as two corner points) and low-resolution mask logits -> tokens and a dense map."""
-
-    def __init__(self, shape: DecoderShape, side: int) -> None:
-        super().__init__()
-        e, m = shape.embed_dim, shape.mask_channels
-        self.side = side
-        self.pe_layer = PositionEmbedding(e)
-        self.point_embeddings = nn.ModuleList(nn.Embedding(1, e) for _ in range(4))
-        self.not_a_point_embed = nn.Embedding(1, e)
-        self.no_mask_embed = nn.Embedding(1, e)
-        self.mask_downscaling = nn.Sequential(
-            nn.Conv2d(1, m // 4, 2, 2), LayerNorm2d(m // 4), nn.GELU(), nn.Conv2d(m // 4, m, 2, 2), LayerNorm2d(m), nn.GELU(), nn.Conv2d(m, e, 1)
-        )
-
-    def points(self, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """coords (P, N, 2) in the F frame, labels (P, N) -> tokens (P, N + 1, E), attention bias of those tokens (P, N + 1).
-
-        The token added at the end is "not a point" for a prompt without a box and absent for one with a box.
-        """
-        labels = labels.to(coords.dtype)
-        has_box = (labels >= BOX_TOP_LEFT).any(dim=1, keepdim=True)
-        extra = torch.where(has_box, ABSENT, NOT_A_POINT).to(labels)
-        labels = torch.cat([labels, extra], dim=1)
-        coords = torch.cat([coords, torch.zeros_like(coords[:, :1])], dim=1)
-        code = self.pe_layer((coords + 0.5) / self.side)
-        code = code * (labels >= 0).to(code).unsqueeze(-1)
-        for value, weight in enumerate(e.weight for e in self.point_embeddings if isinstance(e, nn.Embedding)):
-            code = code + (labels == value).to(code).unsqueeze(-1) * weight
-        code = code + (labels == NOT_A_POINT).to(code).unsqueeze(-1) * self.not_a_point_embed.weight
-        return code, (labels == ABSENT).to(code) * -1e4  # finite, so that fp16 and int8 runtimes keep it
-
-    def dense(self, mask_input: Tensor, has_mask: Tensor) -> Tensor:
-        """mask logits (P, 1, F/4, F/4), has_mask (P,) 0 or 1 -> (P, E, F/16, F/16)."""
-        has = has_mask.to(mask_input.dtype)[:, None, None, None]
-        return has * self.mask_downscaling(mask_input) + (1 - has) * self.no_mask_embed.weight[:, :, None, None]
+    def _each(self, shared: Tensor, weight: Tensor | None) -> Tensor:
+        if shared.shape[0] not in (1, self.prompts):
+            shared = shared.repeat_interleave(self.prompts // shared.shape[0], dim=0)
+        if self.dense is not None:
+            shared = shared + self.dense.through(weight)
+        return shared.expand(self.prompts, -1, -1)
 
 
 class Attention(nn.Module):
@@ -102,22 +51,28 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
         """q (P, A, C), k and v (P, B, C), key_bias (P, 1, 1, B) -> (P, A, C)."""
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v)))
+        return self.attend(self.q_proj(q), self.k_proj(k), self.v_proj(v), key_bias)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        """The same, of q, k and v that are projected already."""
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         bias = None if key_bias is None else key_bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """The transformer's two-layer perceptron; the activation follows Meta's (ReLU)."""
+    """The transformer's two-layer perceptron; the activation follows Meta's (ReLU) unless the shape says GELU."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, gelu: bool = False) -> None:
         super().__init__()
+        self.gelu = gelu
         self.lin1, self.lin2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
-        return self.lin2(F.relu(self.lin1(x)))
+        x = self.lin1(x)
+        return self.lin2(F.gelu(x) if self.gelu else F.relu(x))
 
 
 class TwoWayBlock(nn.Module):
@@ -126,24 +81,29 @@ class TwoWayBlock(nn.Module):
     def __init__(self, shape: DecoderShape, first: bool) -> None:
         super().__init__()
         e, h = shape.embed_dim, shape.heads
-        self.first = first
+        self.first, self.summed = first, shape.summed_tokens
         self.self_attn = Attention(e, h)
         self.cross_attn_token_to_image, self.cross_attn_image_to_token = Attention(e, h, 2), Attention(e, h, 2)
-        self.mlp = MLP(e, shape.mlp_dim)
+        self.mlp = MLP(e, shape.mlp_dim, shape.gelu)
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(e) for _ in range(4))
 
-    def forward(self, tokens: Tensor, image: Tensor, token_code: Tensor, image_code: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (P, T, E), image (P, s*s, E) -> the same shapes."""
-        if self.first:
+    def forward(self, tokens: Tensor, image: ImageTokens, token_code: Tensor, image_code: Tensor, bias: Tensor) -> tuple[Tensor, ImageTokens]:
+        """tokens (P, T, E) and the image's -> both as they are after the block."""
+        if self.summed:
+            tokens = tokens if self.first else tokens + token_code
+            tokens = tokens + self.self_attn(tokens, tokens, tokens, bias)
+        elif self.first:
             tokens = self.self_attn(tokens, tokens, tokens, bias)
         else:
             q = tokens + token_code
             tokens = tokens + self.self_attn(q, q, tokens, bias)
         tokens = self.norm1(tokens)
-        tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_code, image + image_code, image))
+        to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
+        seen = to_image.attend(to_image.q_proj(tokens + token_code), image.project(to_image.k_proj, image_code), image.project(to_image.v_proj))
+        tokens = self.norm2(tokens + seen)
         tokens = self.norm3(tokens + self.mlp(tokens))
-        image = self.norm4(image + self.cross_attn_image_to_token(image + image_code, tokens + token_code, tokens, bias))
-        return tokens, image
+        seen = to_token.attend(image.project(to_token.q_proj, image_code), to_token.k_proj(tokens + token_code), to_token.v_proj(tokens), bias)
+        return tokens, ImageTokens(self.norm4(image.plain() + seen), image.prompts)
 
 
 class TwoWayTransformer(nn.Module):
@@ -155,26 +115,27 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = Attention(shape.embed_dim, shape.heads, 2)
         self.norm_final_attn = nn.LayerNorm(shape.embed_dim)
 
-    def forward(self, image: Tensor, image_code: Tensor, token_code: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """image (P, s*s, E), image_code (1, s*s, E), token_code (P, T, E), bias (P, 1, 1, T) -> tokens, image."""
+    def forward(self, image: ImageTokens, image_code: Tensor, token_code: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The image's tokens, image_code (1, s*s, E), token_code (P, T, E), bias (P, 1, 1, T) -> tokens (P, T, E), image (P, s*s, E)."""
         tokens = token_code
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_code, image_code, bias)
-        last = self.final_attn_token_to_image(tokens + token_code, image + image_code, image)
-        return self.norm_final_attn(tokens + last), image
+        last = self.final_attn_token_to_image(tokens + token_code, image.tokens + image_code, image.tokens)
+        return self.norm_final_attn(tokens + last), image.tokens
 
 
 class Head(nn.Module):
     """The three-layer perceptron of the IoU and mask heads."""
 
-    def __init__(self, dim: int, hidden: int, out: int) -> None:
+    def __init__(self, dim: int, hidden: int, out: int, gelu: bool = False) -> None:
         super().__init__()
+        self.gelu = gelu
         self.layers = nn.ModuleList([nn.Linear(dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)])
 
     def forward(self, x: Tensor) -> Tensor:
         """(P, dim) -> (P, out)."""
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = F.gelu(layer(x)) if self.gelu else F.relu(layer(x))
         return self.layers[-1](x)
 
 
@@ -187,19 +148,21 @@ class MaskDecoder(nn.Module):
         self.transformer = TwoWayTransformer(shape)
         self.iou_token, self.mask_tokens = nn.Embedding(1, e), nn.Embedding(NUM_MASKS, e)
         self.output_upscaling = nn.Sequential(
-            nn.ConvTranspose2d(e, e // 4, 2, 2), LayerNorm2d(e // 4), nn.GELU(), nn.ConvTranspose2d(e // 4, e // 8, 2, 2), nn.GELU()
+            nn.ConvTranspose2d(e, e // 4, 2, 2), nn.GroupNorm(1, e // 4) if shape.group_norm else LayerNorm2d(e // 4), nn.GELU(),
+            nn.ConvTranspose2d(e // 4, e // 8, 2, 2), nn.GELU(),
         )
-        self.output_hypernetworks_mlps = nn.ModuleList(Head(e, e, e // 8) for _ in range(NUM_MASKS))
-        self.iou_prediction_head = Head(e, 256, NUM_MASKS)
+        self.output_hypernetworks_mlps = nn.ModuleList(Head(e, e, e // 8, shape.gelu) for _ in range(NUM_MASKS))
+        self.iou_prediction_head = Head(e, 256, NUM_MASKS, shape.gelu)
 
-    def forward(self, image: Tensor, image_code: Tensor, points: Tensor, point_bias: Tensor) -> tuple[Tensor, Tensor]:
-        """image (P, E, s, s) with the dense prompt added, image_code (s*s, E), points (P, N, E), point_bias (P, N)
-        -> mask logits (P, 4, 4s, 4s), IoU (P, 4)."""
-        prompts, _, height, width = image.shape
+    def forward(self, embedding: Tensor, dense: Dense | None, image_code: Tensor, points: Tensor, point_bias: Tensor) -> tuple[Tensor, Tensor]:
+        """embedding (B, E, s, s) and what each prompt adds to it, image_code (s*s, E), points (P, N, E), point_bias (P, N); P is a
+        multiple of B -> mask logits (P, 4, 4s, 4s), IoU (P, 4)."""
+        prompts, (height, width) = points.shape[0], embedding.shape[-2:]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).unsqueeze(0).expand(prompts, -1, -1)
         tokens = torch.cat([own.to(points.dtype), points], dim=1)
         bias = F.pad(point_bias, (1 + NUM_MASKS, 0))[:, None, None, :]
-        tokens, image = self.transformer(image.flatten(2).transpose(1, 2), image_code.unsqueeze(0), tokens, bias)
+        given = ImageTokens(embedding.flatten(2).transpose(1, 2), prompts, dense)
+        tokens, image = self.transformer(given, image_code.unsqueeze(0), tokens, bias)
         up = self.output_upscaling(image.transpose(1, 2).unflatten(2, (height, width)))
         hyper = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1)
         masks = (hyper @ up.flatten(2)).unflatten(2, (4 * height, 4 * width))
@@ -215,6 +178,8 @@ class Sam(nn.Module):
         self.encoder = encoder
         self.prompt_encoder = PromptEncoder(shape, preprocess.side)
         self.mask_decoder = MaskDecoder(shape)
+        self.proposer: nn.Module | None = None
+        """Boxes from the embedding (`edgekd.models.proposer`), for "segment everything" and a click's granularity; most have none."""
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) normalised -> (B, E, F/16, F/16)."""
@@ -224,18 +189,13 @@ class Sam(nn.Module):
         self, embedding: Tensor, points: Tensor, labels: Tensor, mask_input: Tensor | None = None, has_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """embedding (B, E, s, s), points (P, N, 2) xy in the F frame, labels (P, N), P a multiple of B (prompts of one image stand
-        together), mask_input (P, 1, F/4, F/4) with has_mask (P,) -> mask logits (P, 4, F/4, F/4), IoU (P, 4)."""
-        prompts = points.shape[0]
+        together), mask_input (P, 1, F/4, F/4) with has_mask (P,) -> mask logits (P, 4, F/4, F/4), IoU (P, 4).
+
+        A model without a mask branch (`DecoderShape.mask_prompts`) takes no notice of mask prompts."""
         tokens, bias = self.prompt_encoder.points(points, labels)
-        if mask_input is None:
-            dense = self.prompt_encoder.no_mask_embed.weight[:, :, None, None]
-        else:
-            dense = self.prompt_encoder.dense(mask_input, torch.ones(prompts) if has_mask is None else has_mask)
-        if embedding.shape[0] != 1:
-            embedding = embedding.repeat_interleave(prompts // embedding.shape[0], dim=0)
-        image = (embedding + dense).expand(prompts, -1, -1, -1)
+        dense = self.prompt_encoder.dense(mask_input, has_mask)
         code = self.prompt_encoder.pe_layer.grid(*embedding.shape[-2:])
-        return self.mask_decoder(image, code, tokens, bias)
+        return self.mask_decoder(embedding, dense, code, tokens, bias)
 
 
 class Decoder(nn.Module):
@@ -275,7 +235,10 @@ def components(model: Sam) -> dict[str, Component]:
         "point_coords": {0: "prompts", 1: "points"}, "point_labels": {0: "prompts", 1: "points"},
         "mask_input": {0: "prompts"}, "has_mask": {0: "prompts"},
     }
-    return {
+    found = {
         "encoder": Component("encoder", model.encoder, {"images": torch.randn(1, 3, s, s)}, ("image_embeddings",)),
         "decoder": Component("decoder", decoder, example, ("masks", "iou"), dynamic),
     }
+    if model.proposer is not None:
+        found["proposer"] = Component("proposer", model.proposer, {"image_embeddings": example["image_embeddings"]}, ("boxes", "scores"))
+    return found

@@ -3,6 +3,7 @@ ViTDet, arXiv 2203.16527). Parameter names follow Meta's checkpoints. `HybridSte
 trunk in place of the patch embedding, which learns from little data (ViT hybrid, arXiv 2010.11929)."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -147,6 +148,21 @@ class SamVit(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.neck(x.permute(0, 3, 1, 2))
+
+
+def resize_positions(state: Mapping[str, Tensor], old: VitShape, new: VitShape) -> dict[str, Tensor]:
+    """The position embedding (bicubic, as in ViTDet) and the global blocks' relative positions (linear, as in SAM) of an encoder of size
+    `old`, for `new.image_size`; everything else does not depend on the image size."""
+    side = new.image_size // 16
+    positions = state["pos_embed"].float().permute(0, 3, 1, 2)
+    out = {"pos_embed": F.interpolate(positions, size=(side, side), mode="bicubic", align_corners=False).permute(0, 2, 3, 1).contiguous()}
+    for i in range(old.depth):
+        if old.window and i not in old.global_blocks:
+            continue
+        for name in (f"blocks.{i}.attn.rel_pos_h", f"blocks.{i}.attn.rel_pos_w"):
+            rows = state[name].float().T[None]
+            out[name] = F.interpolate(rows, size=2 * side - 1, mode="linear", align_corners=False)[0].T.contiguous()
+    return out
 
 
 CONFIGS: dict[str, VitShape] = {

@@ -47,7 +47,9 @@ class TinyViTConfig:
 CONFIGS: dict[str, TinyViTConfig] = {
     "tinyvit_xs": TinyViTConfig((24, 32, 96, 128), (1, 1, 3, 2), act="relu"),
     "tinyvit_s": TinyViTConfig((32, 64, 128, 192), (1, 2, 5, 2), act="hardswish"),
-    "tinyvit_5m": TinyViTConfig((64, 128, 160, 320), (2, 2, 6, 2), windows=(7, 14, 7)),
+    "mobile_sam": TinyViTConfig((64, 128, 160, 320), (2, 2, 6, 2), windows=(7, 14, 7)),
+    "mobile_sam_11m": TinyViTConfig((64, 128, 256, 448), (2, 2, 6, 2), windows=(7, 14, 7)),
+    "mobile_sam_21m": TinyViTConfig((96, 192, 384, 576), (2, 2, 6, 2), windows=(7, 14, 7)),
 }
 
 

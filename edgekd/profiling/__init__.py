@@ -1,4 +1,5 @@
-"""Measuring artifacts: `profile_artifact` one alone, `profile_many` several against each other, in fresh processes of the device."""
+"""Measuring artifacts: `profile_artifact` one alone, `profile_many` several against each other, in fresh processes of the device.
+`edgekd.profiling.everything` measures the whole way from a photo to all its masks."""
 from edgekd.profiling.profile import ComponentProfile, Profile, profile_artifact, profile_many
 
 __all__ = ["ComponentProfile", "Profile", "profile_artifact", "profile_many"]

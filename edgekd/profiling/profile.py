@@ -94,8 +94,8 @@ def profile_many(
     shared = ["--prompts", str(prompts), *(["--threads", str(threads)] if threads else [])]
     timing = ["--warmup", str(warmup), "--repeats", str(repeats), "--max-seconds", str(max_seconds)]
     limit = 120 + 10 * max_seconds * 3 * len(there)  # three timed calls each; generous, since a machine may be busy
-    found = _ask(device, [*there, *shared, *timing], limit)
-    peaks = [_ask(device, [f, "--footprint", *shared], 180)["peak_memory_bytes"] if memory else None for f in there]
+    found = ask(device, RUNNER, [*there, *shared, *timing], limit)
+    peaks = [ask(device, RUNNER, [f, "--footprint", *shared], 180)["peak_memory_bytes"] if memory else None for f in there]
     return [_profile(Path(folder), one, found["circumstances"], target if isinstance(target, str) else target.name, prompts, peak)
             for folder, one, peak in zip(folders, found["artifacts"], peaks, strict=True)]
 
@@ -111,8 +111,13 @@ def transport_of(target: str | Target) -> Transport:
     raise UsageError(f"the target '{target.name}' cannot be reached from here, so nothing can be measured on it", hint=target.device.how)
 
 
-def _ask(device: Transport, arguments: list[str], timeout_s: float) -> Any:
-    done = device.run(RUNNER, arguments, timeout_s=timeout_s)
+def ask(device: Transport, module: str, arguments: list[str], timeout_s: float) -> Any:
+    """The JSON document that a module of ours prints on the device.
+
+    Raises:
+        EdgekdError: it failed; its last words are given.
+    """
+    done = device.run(module, arguments, timeout_s=timeout_s)
     if done.code:
         last = done.stderr.strip().splitlines()[-12:]
         said = "\n".join(last) if last else f"exit code {done.code}"

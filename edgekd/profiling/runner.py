@@ -22,18 +22,24 @@ from edgekd.profiling.footprint import peak_memory_bytes
 from edgekd.profiling.latency import Call, Samples, interleave
 from edgekd.runtime import ArtifactModel, open_artifact
 
-PARTS = ("encoder", "decoder")
+PARTS = ("encoder", "decoder", "proposer")
+"""In this order, as far as an artifact has them. The proposer belongs to segment-everything, not to a prompt: it is not in `together`."""
 TOGETHER = "together"
 
 
 def opened(folder: str | Path, threads: int | None) -> tuple[ArtifactModel, dict[str, float]]:
     """An artifact with all sessions open, and the milliseconds each took to open."""
     model, took = open_artifact(Path(folder), threads=threads), dict[str, float]()
-    for part in PARTS:
+    for part in parts_of(model):
         start = time.perf_counter()
         model.session(part)
         took[part] = (time.perf_counter() - start) * 1e3
     return model, took
+
+
+def parts_of(model: ArtifactModel) -> list[str]:
+    """The components that are timed alone."""
+    return [part for part in PARTS if part in model.manifest.components]
 
 
 def calls(model: ArtifactModel, prompts: int) -> dict[str, Call]:
@@ -41,12 +47,19 @@ def calls(model: ArtifactModel, prompts: int) -> dict[str, Call]:
     rng, spec = np.random.default_rng(0), model.preprocess
     image = {"images": pictures(1, spec.image_size, rng)}
     encoder, decoder = model.session("encoder"), model.session("decoder")
-    asked = probe("point", prompts, spec.side, rng).inputs(encoder.run(image)["image_embeddings"])
+    p = probe("point", prompts, spec.side, rng)
+    embedded = encoder.run(image)["image_embeddings"]
+    asked = model.feeds(embedded, p.points, p.labels, p.mask_input, p.has_mask)
 
     def together() -> object:
-        return decoder.run(asked | encoder.run(image))
+        embedding = encoder.run(image)
+        return [decoder.run(one | embedding) for one in asked]
 
-    return {"encoder": lambda: encoder.run(image), "decoder": lambda: decoder.run(asked), TOGETHER: together}
+    alone: dict[str, Call] = {"encoder": lambda: encoder.run(image), "decoder": lambda: [decoder.run(one) for one in asked], TOGETHER: together}
+    if "proposer" in parts_of(model):
+        proposer = model.session("proposer")
+        alone["proposer"] = lambda: proposer.run({"image_embeddings": embedded})
+    return alone
 
 
 def latency(folders: Sequence[str], *, threads: int | None, prompts: int, warmup: int, repeats: int, max_seconds: float) -> dict[str, Any]:
@@ -54,7 +67,7 @@ def latency(folders: Sequence[str], *, threads: int | None, prompts: int, warmup
     models = {str(i): opened(folder, threads) for i, folder in enumerate(folders)}
     todo = {f"{i} {part}": call for i, (model, _) in models.items() for part, call in calls(model, prompts).items()}
     found = interleave(todo, warmup=warmup, repeats=repeats, max_seconds=max_seconds)
-    return {"artifacts": [_described(model, took, {part: found[f"{i} {part}"] for part in (*PARTS, TOGETHER)}) for i, (model, took) in models.items()],
+    return {"artifacts": [_described(model, took, {part: found[f"{i} {part}"] for part in (*parts_of(model), TOGETHER)}) for i, (model, took) in models.items()],
             "circumstances": Circumstances.capture(threads=threads, warmup=warmup, repeats=repeats).model_dump(mode="json")}
 
 
@@ -68,7 +81,7 @@ def footprint(folder: str, *, threads: int | None, prompts: int) -> dict[str, An
 
 def _described(model: ArtifactModel, took: dict[str, float], samples: dict[str, Samples]) -> dict[str, Any]:
     parts = {part: {"samples_ms": samples[part].values, "warmup": samples[part].warmup, "steady": samples[part].steady, "load_ms": took[part],
-                    "executed_precision": model.session(part).executed_precision, "executed_ops": model.session(part).executed_ops} for part in PARTS}
+                    "executed_precision": model.session(part).executed_precision, "executed_ops": model.session(part).executed_ops} for part in parts_of(model)}
     return {"id": model.name, "components": parts, "together_ms": samples[TOGETHER].values}
 
 

@@ -1,6 +1,6 @@
 """The precisions a component can be exported in. A name is a grammar:
 
-    fp32 | bf16                 weights and activations in that float type
+    fp32 | fp16 | bf16          weights and activations in that float type
     w<bits>a<bits>_static       integer weights and activations; activation ranges fixed beforehand from calibration images
     w<bits>_dynamic             integer weights; activations quantized at run time from what they are
 
@@ -37,6 +37,11 @@ class Scheme:
         return "calibration" in self.needs
 
     @property
+    def looks_at_inputs(self) -> bool:
+        """Whether export looks at sample inputs where there are any: static ranges, and what overflows fp16."""
+        return self.needs_calibration or self.name == "fp16"
+
+    @property
     def formats(self) -> tuple[str, ...]:
         """Formats whose exporter offers this scheme."""
         return tuple(plugins.schemes().get(self.name, ()))
@@ -44,6 +49,7 @@ class Scheme:
 
 SCHEMES = {s.name: s for s in (
     Scheme("fp32", 32, 32, "float", "the reference: weights as trained"),
+    Scheme("fp16", 16, 16, "float", "half the size; layers that leave fp16's range on real inputs are found, kept in fp32 and named"),
     Scheme("bf16", 16, 16, "float", "half the traffic, fp32's range; fast where the CPU has bf16 units (AMX, AVX512-BF16)"),
     Scheme("w8a8_static", 8, 8, "static", "integer arithmetic throughout; a quarter of the size", needs=("calibration",)),
     Scheme("w8_dynamic", 8, 32, "dynamic", "8-bit weights of linear layers, activations quantized on the fly; no effect on convolutions"),

@@ -4,8 +4,9 @@ A family is one file here with a module-level `family`, or an entry point of the
 A student is a configuration of a family, changed if wanted:
 
     repvit_s                          as shipped
-    repvit_s:width=0.75,depth=0.5     widths and depths multiplied (0.25 to 4); act=gelu|hardswish|relu replaces the activation
+    repvit_s:width=0.75,depth=0.5     widths and depths multiplied (0.25 to 4); act=gelu|gelu_tanh|hardswish|relu replaces the activation
     repvit_s-width0.75-depth0.5       the same, in the spelling that file names and candidate ids use
+    timm/NAME, module:factory         any backbone with feature maps (`edgekd.students.backbones`)
 
 Both spellings are accepted everywhere; models carry the second.
 """
@@ -106,6 +107,10 @@ def parse(name: str) -> StudentName:
     if not colon:
         base, _, rest = name.partition("-")
     if base not in owners:
+        from edgekd.students import backbones
+
+        if (backbone := backbones.canonical(name)) is not None:
+            return StudentName(backbone)
         raise unknown("student", base, owners)
     parsed = StudentName(base)
     for part in rest.split("," if colon else "-"):
@@ -136,13 +141,15 @@ def _apply(parsed: StudentName, part: str, name: str, *, colon: bool) -> Student
 
 
 def _config(name: str) -> tuple[StudentName, Family, Any]:
+    from edgekd.students import backbones
+
     parsed = parse(name)
-    family = _owners()[parsed.base]
+    family = _owners().get(parsed.base) or backbones.family_of(parsed.base)
     return parsed, family, family.configs[parsed.base].scaled(width=parsed.width, depth=parsed.depth, act=parsed.act)
 
 
 def encoder(name: str, embed_dim: int = 128) -> nn.Module:
-    """The untrained encoder alone, (B, 3, S, S) -> (B, embed_dim, S/16, S/16), drawn from torch's global generator."""
+    """The untrained encoder alone, (B, 3, S, S) -> (B, embed_dim, S/16, S/16) or at its own stride, drawn from torch's global generator."""
     _, family, config = _config(name)
     return family.encoder(config, embed_dim)
 
@@ -182,10 +189,14 @@ def build(name: str, *, image_size: int = 256, embed_dim: int = 128, seed: int =
 
 @cache
 def _measure(name: str, embed_dim: int, image_size: int) -> tuple[int, int]:
-    """(parameters, multiply-adds) of the folded encoder at batch 1. A real forward of milliseconds: torch's meta device takes longer."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = fold(encoder(name, embed_dim).eval())
-        model(torch.zeros(1, 3, image_size, image_size))
+    """(parameters, multiply-adds) of the folded encoder at batch 1, ours on torch's meta device: no weight is drawn, however large the model."""
+    device = "meta" if parse(name).base in _owners() else "cpu"  # somebody else's code may need real tensors
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        model = encoder(name, embed_dim).eval()
+    with torch.no_grad():
+        model = fold(model)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, image_size, image_size, device=device))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
 
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from edgekd.data.images import Frame, preprocess
 from edgekd.data.prompts import Prompts
-from edgekd.protocols import Promptable
+from edgekd.errors import UsageError
+from edgekd.protocols import ABSENT, Promptable
 
 Rule = Literal["iou", "first"]
 DEFAULT_RULE: Rule = "first"
@@ -28,7 +29,7 @@ THRESHOLD = 0.0
 @dataclass(frozen=True)
 class Masks:
     """Answers to P prompts: `masks` (P, H, W) bool on the photo, `scores` (P,) predicted IoU (NaN where there is none),
-    `logits` (P, S/4, S/4) of the chosen masks, or None for models without."""
+    `logits` (P, F/4, F/4) of the chosen masks, or None for models without."""
 
     masks: np.ndarray
     scores: np.ndarray
@@ -46,7 +47,7 @@ class Predictor(Protocol):
         ...
 
     def masks(self, state: Any, prompts: Prompts, mask_input: np.ndarray | None = None) -> Masks:
-        """Answer P prompts on that photo; `mask_input` (P, S/4, S/4) are logits of an earlier answer."""
+        """Answer P prompts on that photo; `mask_input` (P, F/4, F/4) are logits of an earlier answer."""
         ...
 
 
@@ -76,8 +77,13 @@ class ModelPredictor:
             return self.model.embed(as_input(self.model, pixels[None])), frame
 
     def decode(self, state: tuple[Any, Frame], prompts: Prompts, mask_input: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """All four masks: logits (P, 4, S/4, S/4) and predicted IoU (P, 4), float32, at the model's own resolution."""
+        """All four masks: logits (P, 4, F/4, F/4) and predicted IoU (P, 4), float32, at the model's own resolution.
+
+        Raises:
+            UsageError: more points than the model takes.
+        """
         embedding, frame = state
+        _check_points(self.model, prompts)
         feed: tuple[Any, ...] = ()
         if mask_input is not None:
             feed = (as_input(self.model, mask_input[:, None]), as_input(self.model, np.ones(len(prompts))))
@@ -92,6 +98,21 @@ class ModelPredictor:
         every, chosen = np.arange(len(prompts)), select(iou, prompts.single_click, self.rule)
         best = logits[every, chosen]
         return Masks(state[1].mask_to_image(best) > THRESHOLD, iou[every, chosen], best)
+
+
+def max_points(model: Any) -> int | None:
+    """The most points that a model takes in a prompt, a box counting for two (EfficientSAM: 6), or None when it takes any number."""
+    asked = model.model if isinstance(model, ModelPredictor) else model
+    return getattr(asked, "max_points", None)
+
+
+def _check_points(model: Promptable, prompts: Prompts) -> None:
+    """EfficientSAM's own code drops what is too much in silence."""
+    most = max_points(model)
+    given = int((prompts.labels != ABSENT).sum(axis=1).max(initial=0))
+    if most is not None and given > most:
+        raise UsageError(f"'{model.name}' takes at most {most} points in a prompt, a box counting for two, and was given {given}",
+                         hint="give fewer clicks, or take a model without this limit")
 
 
 class Remembered:

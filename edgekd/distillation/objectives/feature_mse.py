@@ -1,9 +1,9 @@
 """Mean squared error of the image embedding, padding left out (MobileSAM, arXiv 2306.14289; EdgeSAM, arXiv 2312.06660 sec. 3.2)."""
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from edgekd.distillation.losses import aligned, over_photo
 from edgekd.distillation.objectives import Context, Objective, Outputs
 
 
@@ -15,12 +15,8 @@ class FeatureMSE(Objective):
 
     def forward(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         """embeddings (B, E, s, s) -> (B,)."""
-        ours, theirs = student.embedding.float(), teacher.embedding.float()
-        if theirs.shape[-1] != ours.shape[-1]:
-            theirs = F.interpolate(theirs, ours.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
-        valid = (F.interpolate(context.valid, ours.shape[-2:], mode="bilinear", align_corners=False) > 0.5).float()
-        error = (ours - theirs).square().mean(1, keepdim=True) * valid
-        return error.sum((1, 2, 3)) / valid.sum((1, 2, 3)).clamp(min=1)
+        ours, theirs = aligned(student.embedding, teacher.embedding)
+        return over_photo((ours - theirs).square(), context.valid)
 
 
 objective = FeatureMSE

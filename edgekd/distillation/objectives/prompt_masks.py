@@ -1,10 +1,9 @@
 """Masks of the same prompt: BCE + dice to the teacher's mask, as in EdgeSAM's second phase (arXiv 2312.06660 sec. 3.2)."""
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from edgekd.distillation.losses import bce, dice
+from edgekd.distillation.losses import answers, bce, dice, on_grid
 from edgekd.distillation.objectives import Context, Objective, Outputs
 
 
@@ -25,13 +24,11 @@ class PromptMasks(Objective):
     def forward(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         """masks (P, 4, h, w) -> (P,)."""
         assert student.masks is not None and teacher.masks is not None and context.valid_prompts is not None and context.single is not None
-        logits, target = student.masks.float(), teacher.masks.float()
-        if target.shape[-1] != logits.shape[-1]:
-            target = F.interpolate(target, logits.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
+        logits = student.masks.float()
+        target = on_grid(teacher.masks, logits)
         target = target.sigmoid() if self.soft else (target > 0).float()
         valid = context.valid_prompts.unsqueeze(1)
-        each = self.weights[0] * bce(logits, target, valid) + self.weights[1] * dice(logits, target, valid)
-        return each[:, 0] + context.single.to(each) * each[:, 1:].mean(1)
+        return answers(self.weights[0] * bce(logits, target, valid) + self.weights[1] * dice(logits, target, valid), context.single)
 
 
 objective = PromptMasks
