@@ -96,8 +96,8 @@ def main() -> None:
     settings, table = Settings(), list[dict[str, Any]]()
     for name in given.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            export_model(load_torch(name), Path(folder) / name, format="onnx", scheme="fp32")
-            opened = open_artifact(Path(folder) / name, threads=given.threads)
+            export_model(load_torch(name), Path(folder) / "artifact", format="onnx", scheme="fp32")
+            opened = open_artifact(Path(folder) / "artifact", threads=given.threads)
             modes = [m for m in MODES if m != "proposals" or has_proposer(opened)]
             for label, data in datasets:
                 rows = ask(opened, data, modes, settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgekd import checkpoint, students
 
-LARGEST = 5_000_000
+LARGEST = 5_500_000
 
 
 def main(source: Path) -> None:

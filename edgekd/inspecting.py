@@ -37,6 +37,8 @@ def inspect(reference: str | Path, *, strict: bool = False) -> dict[str, Any]:
             raise UsageError(f"{len(found['problems'])} problem(s): {'; '.join(found['problems'][:4])}", where=path,
                              hint="the file is damaged, or of a changed model; without --strict all are listed")
         return found
+    if path.suffix in files.SUFFIXES or str(reference).startswith((".", "/", "~")):
+        raise UsageError("there is no such file", where=path, hint="name a weight file, or a model of `edgekd list models`")
     return _name(str(reference))
 
 

@@ -77,11 +77,14 @@ def float_graph(component: Component) -> onnx.ModelProto:
 
 
 def content_key(component: Component) -> str:
-    """Changes with the component's weights, structure, plain attributes, example shapes and names."""
+    """Changes with the component's weights, structure, attributes, example shapes and names.
+
+    Attributes count by their `repr`: one that shows an address makes the graph be captured anew, which costs time and nothing else.
+    """
     digest = hashlib.sha256()
     for name, module in component.module.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple)) and not k.startswith("__")}
-        digest.update(repr((name, type(module).__module__, type(module).__qualname__, module.extra_repr(), sorted(plain.items(), key=str))).encode())
+        own = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in vars(module).items() if not k.startswith("_")}
+        digest.update(repr((name, type(module).__module__, type(module).__qualname__, module.extra_repr(), sorted(own.items(), key=str))).encode())
     for name, tensor in [*component.module.named_parameters(), *component.module.named_buffers()]:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().data)  # fp32 is hashed in place, without a copy

@@ -188,7 +188,7 @@ def test_groups_do_not_disturb_each_other() -> None:
 
 
 def test_unknown_groups_and_none() -> None:
-    with pytest.raises(UsageError, match=r"group of metrics 'clics'[\s\S]*did you mean 'clicks'"):
+    with pytest.raises(UsageError, match=r"metric group 'clics'[\s\S]*did you mean 'clicks'"):
         evaluate(Oracle(), Painted(), metrics=("clics",))
     with pytest.raises(UsageError, match="nothing to measure"):
         evaluate(Oracle(), Painted(), metrics=())

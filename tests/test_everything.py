@@ -81,7 +81,7 @@ def test_a_dense_click_only_where_no_sure_mask_lies() -> None:
     sample = Painted()[0]
     assert sample.masks is not None
     everything(Watched(), sample.image, mode="hierarchical")
-    clicks = np.concatenate(asked) + 0.5
+    clicks = np.concatenate(asked)[:-3] + 0.5  # at the end the boxes of the three that were found
     later = clicks[256:].astype(int)
     assert not sample.masks.any(axis=0)[later[:, 1], later[:, 0]].any() and len(later) > 500 and len(np.unique(clicks, axis=0)) == len(clicks)
 

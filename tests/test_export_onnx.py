@@ -14,7 +14,7 @@ from edgekd.export.onnx import content_key, exporter, float_graph, quantizable
 from tiny import conv_component, expected, linear_component, samples, tiny_sam
 
 from edgekd.errors import EdgekdError, UsageError
-from edgekd.models.sam import components
+from edgekd.models.sam import DecoderShape, components
 from edgekd.protocols import Component
 
 
@@ -176,6 +176,9 @@ def test_the_key_sees_attributes_and_shapes_too():
     a, b = linear_component(), linear_component()
     assert content_key(a) == content_key(b)
     b.module.scale = 2.0  # what no parameter shows may still change the graph
+    assert content_key(a) != content_key(b)
+    b.module.scale, a.module.kind, b.module.kind = None, DecoderShape(64), DecoderShape(32)  # a configuration is an attribute like any other
+    a.module.scale = None
     assert content_key(a) != content_key(b)
     c = linear_component()
     c.example = {"x": torch.randn(5, 8)}

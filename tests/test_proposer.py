@@ -219,5 +219,5 @@ def test_a_wrong_file_is_noticed() -> None:
 def test_the_shipped_teacher_segments_everything_with_its_own_proposer() -> None:
     model, sample = teachers.load("sam_nano"), Scenes(77_001, 2)[1]
     found = everything(model, sample.image)
-    assert sample.masks is not None and found.mode == "proposals" and found.work.calls == 1
+    assert sample.masks is not None and found.mode == "proposals" and found.work.prompts == Settings().proposals
     assert (iou(found.masks[:, None], sample.masks[None]).max(axis=0) > 0.5).mean() > 0.5

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from edgekd.artifact import ArtifactComponent, Manifest, PreprocessSpec, describe_files
 from edgekd.artifact import Tensor as Described
 from edgekd.models.blocks import LayerNorm2d
+from edgekd.models.fold import fold
 from edgekd.models.sam import DecoderShape, Sam
 from edgekd.protocols import Component, Preprocess
 
@@ -122,3 +123,14 @@ def bf16_steps_learn(encoder: nn.Module) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] * 0.9
     assert all(p.dtype == torch.float32 for p in encoder.parameters())
+
+
+def onnx_gap(encoder: nn.Module, images: Tensor, folder: Path) -> float:
+    """Largest difference between an encoder, folded and exported, and itself. images (B, 3, S, S)."""
+    from edgekd.export.onnx import exporter
+
+    path = folder / "encoder.onnx"
+    exporter.export(Component("encoder", fold(encoder.eval()), {"images": images}, ("image_embeddings",)), path, scheme="fp32")
+    got = exporter.open(path, scheme="fp32").run({"images": images.numpy()})["image_embeddings"]
+    with torch.no_grad():
+        return float(np.abs(got - encoder(images).numpy()).max())

@@ -30,7 +30,7 @@ from edgekd.tasks.predictor import ModelPredictor
 class Plan:
     """How to train. `labels` is what the model's own masks have to pass; with `truth`, photos with masks are learned from those instead."""
 
-    steps: int = 1500
+    steps: int = 1000
     batch: int = 16
     lr: float = 2e-3
     weight_decay: float = 0.05

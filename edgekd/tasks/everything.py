@@ -1,7 +1,8 @@
 """Segment everything: many prompts on one photo, and of all their masks the sure ones, each once.
 
     grid           a click at every node of a grid, three masks a click (SAM, arXiv 2304.02643, App. B)
-    hierarchical   every second row and column of it first, then only the nodes that no mask covers (after TinySAM, arXiv 2312.13789)
+    hierarchical   every second row and column of it first, then only the nodes that no mask covers (after TinySAM, arXiv 2312.13789), then
+                   the boxes of what was found
     proposals      boxes that the model's own `proposer` finds in the embedding (MobileSAMv2, arXiv 2312.09579)
 
 Everything is filtered on the model's mask grid, decoder call by decoder call; only what is kept is brought to the photo's resolution, a
@@ -16,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from edgekd.data.prompts import Prompts, grid_points
+from edgekd.data.prompts import Prompts, boxes_from_masks, grid_points
 from edgekd.errors import UsageError, unknown
 from edgekd.protocols import Promptable
 from edgekd.tasks import rle
@@ -25,8 +26,8 @@ from edgekd.tasks.predictor import THRESHOLD, ModelPredictor
 from edgekd.tasks.proposing import has_proposer, propose
 
 Mode = Literal["auto", "grid", "hierarchical", "proposals"]
-BATCH = 64
-"""Prompts a decoder call."""
+BATCH = 16
+"""Prompts a decoder call: on a CPU larger ones fall out of its caches (measured with `sam_nano`: 64 cost a tenth more a prompt)."""
 NMS_SIDE = 64
 """Duplicates are looked for on a mask grid at most this wide: twice as wide costs four times as much and finds the same."""
 UPSAMPLED_BYTES = 64_000_000
@@ -45,9 +46,9 @@ class Settings:
     area: tuple[float, float] = (0.0005, 0.95)
     """smallest and largest share of the photo"""
     batch: int = BATCH
-    proposals: int = 60
+    proposals: int = 56
     """boxes asked for in the mode `proposals`"""
-    proposal_nms: float = 0.7
+    proposal_nms: float = 0.65
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class _Pool:
     def take(self, logits: np.ndarray, quality: np.ndarray, prompt: np.ndarray, settings: Settings) -> np.ndarray:
         """Add what passes the filters; returns which (N,) bool."""
         share = (logits[:, :self.rows, :self.columns] > THRESHOLD).mean(axis=(1, 2))
-        usable = (share >= settings.area[0]) & (share <= settings.area[1])
+        usable = (share > 0) & (share >= settings.area[0]) & (share <= settings.area[1])
         good = usable & (quality >= (settings.pred_iou, settings.stability)).all(axis=1)
         if good.any():
             self.logits.append(logits[good].astype(np.float16))
@@ -165,6 +166,15 @@ class Asker:
             where[:, :flat.shape[1]] = flat
             good = self.pool.take(masks, quality, where.repeat(several.shape[1], axis=0), self.settings)
             yield masks[good, :rows, :columns]
+
+    def found_boxes(self) -> np.ndarray:
+        """(K, 4) xyxy in pixels of the photo: of what would be kept by now, on the mask grid."""
+        found = self.pool.ranked()
+        if found is None:
+            return np.zeros((0, 4))
+        masks = found[0][:, :self.pool.rows, :self.pool.columns] > THRESHOLD
+        boxes = boxes_from_masks(masks[suppress(masks, self.settings.nms, self.settings.max_masks)])
+        return boxes * np.tile([self.width / self.pool.columns, self.height / self.pool.rows], 2)
 
     def finish(self, mode: str, began: float) -> Everything:
         """Suppress duplicates and bring what is left to the photo."""
@@ -217,7 +227,7 @@ def resolve_mode(model: Promptable, mode: str) -> str:
         UsageError: see `everything`.
     """
     if mode not in get_args(Mode):
-        raise unknown("way to segment everything", mode, get_args(Mode))
+        raise unknown("mode", mode, get_args(Mode))
     if mode == "auto":
         return "proposals" if has_proposer(model) else "hierarchical"
     if mode == "proposals" and not has_proposer(model):
@@ -245,9 +255,7 @@ def _ask_grid(asker: Asker) -> None:
 
 COARSE = 2
 """Of the grid's rows and columns every second is asked first. TinySAM asks an 8 x 8 grid before 32 x 32, which costs less; with `sam_nano` that
-lost one to two points of recall, and this none (the nodes of a coarse grid that are asked first are not asked again)."""
-COVERED = 1.0
-"""A node is covered where a mask that passed has a logit above this. TinySAM takes 8.5, for ViT-H; logits of small models are smaller."""
+lost one to two points of recall (and here the nodes that were asked first are not asked again)."""
 COVERING_AREA = 0.3
 """A mask larger than this share of the photo covers nothing: it may hold objects that no coarse click met."""
 
@@ -257,14 +265,18 @@ def _ask_hierarchical(asker: Asker) -> None:
     points, (row, column) = grid_points(side, asker.height, asker.width), np.divmod(np.arange(side * side), side)
     first = (row % COARSE == 0) & (column % COARSE == 0)
     covered: np.ndarray | None = None
-    for masks in asker.ask(Prompts.clicks(points[first]), ALTERNATIVES):
-        own = (masks[(masks > THRESHOLD).mean(axis=(1, 2)) <= COVERING_AREA] > COVERED).any(axis=0) if len(masks) else np.zeros(masks.shape[1:], bool)
+    for logits in asker.ask(Prompts.clicks(points[first]), ALTERNATIVES):
+        masks = logits > THRESHOLD
+        own = masks[masks.mean(axis=(1, 2)) <= COVERING_AREA].any(axis=0) if len(masks) else np.zeros(masks.shape[1:], bool)
         covered = own if covered is None else covered | own
     assert covered is not None
     rows, columns = covered.shape
     at = (points / (asker.width, asker.height) * (columns, rows)).astype(int)
     left = points[~first & ~covered[at[:, 1].clip(0, rows - 1), at[:, 0].clip(0, columns - 1)]]
     for _ in asker.ask(Prompts.clicks(left), ALTERNATIVES):
+        pass
+    # many clicks on one object also mean many tries at its mask; asking for the box of what was found makes up for the fewer clicks
+    for _ in asker.ask(Prompts.boxes(asker.found_boxes()), EVERY):
         pass
 
 

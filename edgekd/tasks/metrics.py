@@ -50,7 +50,7 @@ def check_groups(groups: Sequence[str]) -> tuple[str, ...]:
     """
     for group in groups:
         if group not in GROUPS:
-            raise unknown("group of metrics", group, GROUPS)
+            raise unknown("metric group", group, GROUPS)
     if not groups:
         raise UsageError("there is nothing to measure", hint=f"groups of metrics: {', '.join(GROUPS)}")
     return tuple(g for g in GROUPS if g in groups)

@@ -16,7 +16,7 @@ from edgekd.workspace import atomic_path, write_atomic
 
 COLOURS = ((0, 158, 115), (230, 159, 0), (86, 180, 233), (204, 121, 167), (213, 94, 0), (0, 114, 178), (240, 228, 66))
 """Okabe and Ito, "Color Universal Design" (2008): told apart by the colour-blind as well."""
-FILL = 0.5
+FILL = 0.45
 LONGEST = 1280
 """Of the picture, in pixels."""
 
@@ -52,11 +52,12 @@ def draw(image: np.ndarray, found: Everything) -> Image.Image:
     """The photo, at most `LONGEST` wide or high, with every mask filled and outlined, small ones on top of large ones."""
     scale = min(1.0, LONGEST / max(found.height, found.width))
     size = (max(1, round(found.width * scale)), max(1, round(found.height * scale)))
-    canvas = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR), dtype=np.float32).copy()
+    photo = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR), dtype=np.float32)
+    canvas = photo.copy()
     for i, segment in enumerate(sorted(found, key=lambda s: -s.area)):
         mask = np.asarray(Image.fromarray(segment.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)) > 127
         colour = np.asarray(COLOURS[i % len(COLOURS)], dtype=np.float32)
-        canvas[mask] = canvas[mask] * (1 - FILL) + colour * FILL
+        canvas[mask] = photo[mask] * (1 - FILL) + colour * FILL  # not on top of the larger mask's colour: the photo stays visible
         canvas[_edge(mask)] = colour * 0.6
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
