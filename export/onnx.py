@@ -26,6 +26,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.export._gelu import reorder
 from edgekd.export._half import KEPT, convert, module_of, name_layers, overflowing
 
 from edgekd.errors import EdgekdError, UsageError, first_line, unknown
@@ -119,6 +120,7 @@ def _capture(component: Component) -> tempfile.TemporaryDirectory[str]:
             modules = {n.name or "": module_of(n.metadata_props.get("pkg.torch.onnx.name_scopes", "")) for n in program.model.graph}
             _slim(program, file, large=is_large(component))
         skeleton = onnx.load(file, load_external_data=False)
+        reorder(skeleton.graph)
         name_layers(skeleton.graph, modules)
         _name_axes(skeleton.graph)
         onnx.save(skeleton, file)

@@ -271,3 +271,17 @@ def test_nodes_carry_the_name_of_their_module(tmp_path):
     graph = float_graph(components(tiny_sam())["encoder"]).graph
     modules = {p.value for n in graph.node for p in n.metadata_props if p.key == "module"}
     assert {"squeeze", "neck", "norm"} <= modules
+
+
+@pytest.mark.parametrize("form,fused", [("none", "Gelu"), ("tanh", "FastGelu")])
+def test_a_gelu_is_one_operator_for_onnxruntime(form: str, fused: str, tmp_path: Path) -> None:
+    """In the order of factors that torch's exporter writes, onnxruntime does not know it and runs five."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(approximate=form), torch.nn.Linear(8, 8)).eval()
+    part = Component("encoder", module, {"x": torch.randn(4, 8)}, ("y",))
+    exporter.export(part, tmp_path / "a.onnx", scheme="fp32")
+    session = exporter.open(tmp_path / "a.onnx", scheme="fp32")
+    with torch.no_grad():
+        wanted = module(part.example["x"]).numpy()
+    np.testing.assert_allclose(session.run({"x": part.example["x"].numpy()})["y"], wanted, atol=1e-6)
+    assert any(op in (fused, "BiasGelu") for op in session.executed_ops) and not {"Erf", "Tanh"} & set(session.executed_ops)

@@ -36,7 +36,7 @@ class Plan:
     weight_decay: float = 0.05
     seed: int = 0
     truth: bool = True
-    labels: Settings = field(default_factory=lambda: Settings(points_per_side=20, pred_iou=0.4, stability=0.6))
+    labels: Settings = field(default_factory=lambda: Settings(points_per_side=16, pred_iou=0.5, stability=0.7))
 
 
 @dataclass(frozen=True)
