@@ -88,7 +88,8 @@ def shipped_student(name: str, image_size: int = 256) -> Sam:
 
 
 def artifact_folder(path: Path) -> Path | None:
-    """The artifact that a path means: its folder, its manifest, or the run that chose it. None when it is none of these."""
+    """The artifact that a path means: its folder, its manifest, the run that chose it, or the one that `edgekd export` wrote below it.
+    None when it is none of these."""
     if artifact.is_artifact(path):
         return artifact.manifest_path(path).parent
     report = path / "report.json"
@@ -100,7 +101,10 @@ def artifact_folder(path: Path) -> Path | None:
         if chosen is None:
             raise UsageError("this run chose no candidate", where=path, hint="name one of its artifacts/ folders")
         return path / "artifacts" / chosen
-    return None
+    inside = sorted(p for p in path.iterdir() if p.is_dir() and artifact.is_artifact(p)) if path.is_dir() else []
+    if len(inside) > 1:
+        raise UsageError(f"this folder holds {len(inside)} artifacts", where=path, hint=f"name one of them: {', '.join(p.name for p in inside)}")
+    return inside[0] if inside else None
 
 
 def teacher_of(reference: str | Path) -> str | None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import fake_artifact
 
 from edgekd import checkpoint, resolve, students
 from edgekd.errors import EdgekdError, UsageError
@@ -82,3 +83,15 @@ def test_artifact__is_refused_where_weights_are_needed(tmp_path: Path) -> None:
     assert resolve.artifact_folder(tmp_path) == resolve.artifact_folder(tmp_path / "manifest.json") == tmp_path
     with pytest.raises(UsageError, match="exported artifact"):
         resolve.load_torch(tmp_path)
+
+
+def test_the_one_artifact_below_a_folder_is_meant(tmp_path: Path) -> None:
+    """`edgekd export --output out` writes `out/<id>`; `out` is enough to name it, until a second one lies beside it."""
+    for name in ("a-64-onnx-fp32", "b-64-onnx-fp32"):
+        (tmp_path / name).mkdir()
+    fake_artifact(tmp_path / "a-64-onnx-fp32")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert resolve.artifact_folder(tmp_path) == tmp_path / "a-64-onnx-fp32"
+    fake_artifact(tmp_path / "b-64-onnx-fp32")
+    with pytest.raises(UsageError, match=r"2 artifacts[\s\S]*a-64-onnx-fp32, b-64-onnx-fp32"):
+        resolve.artifact_folder(tmp_path)
