@@ -55,7 +55,7 @@ def test_compress__measures_every_candidate_and_chooses_one(finished: tuple[Path
     assert {c.format for c in measured} == {"onnx", "openvino"} and {"fp32", "w8a8_static"} <= {c.scheme for c in measured}
     for row in measured:
         assert row.trained and row.latency_ms and row.latency_ms.provenance == "measured" and row.latency_ms.n >= 10
-        assert set(row.components) == {"encoder", "decoder"} and all(c.parity and c.executed_precision for c in row.components.values())
+        assert set(row.components) == {"encoder", "decoder", "proposer"} and all(c.parity and c.executed_precision for c in row.components.values())
         assert row.accuracy and row.accuracy.box_miou is not None and row.accuracy.teacher_agreement and row.accuracy.teacher_agreement.box is not None
     assert all(c.reason for c in report.candidates if c.status != "accepted")
     assert report.speedup and report.speedup.provenance == "measured" and report.speedup.encoder
