@@ -129,9 +129,13 @@ def load(path: Path) -> Sam:
     Raises:
         EdgekdError: the file is damaged, or its weights do not fit the model it names.
     """
-    meta = read_meta(path)
+    return assemble(read_meta(path), load_tensors(path), path)
+
+
+def assemble(meta: Meta, tensors: dict[str, Tensor], where: Path) -> Sam:
+    """The model that a header describes, with these weights, in eval mode. Raises EdgekdError when they do not fit."""
     model = _build(meta)
-    load_into(model, path)
+    _fill(model, meta, tensors, where)
     return model.eval()
 
 
@@ -141,14 +145,17 @@ def load_into(model: Sam, path: Path) -> None:
     Raises:
         EdgekdError: the file is damaged or its keys or shapes differ from the model's; they are named.
     """
-    tensors = load_tensors(path)
-    _add_proposer(model, read_meta(path))
+    _fill(model, read_meta(path), load_tensors(path), path)
+
+
+def _fill(model: Sam, meta: Meta, tensors: dict[str, Tensor], where: Path) -> None:
+    _add_proposer(model, meta)
     own = model.state_dict()
     wrong = [f"missing {k}" for k in own if k not in tensors] + [f"unknown {k}" for k in tensors if k not in own]
     wrong += [f"{k} is {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in tensors and tensors[k].shape != own[k].shape]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise EdgekdError(f"the weights do not fit '{model.name}': {'; '.join(wrong[:4])}{more}", where=path,
+        raise EdgekdError(f"the weights do not fit '{model.name}': {'; '.join(wrong[:4])}{more}", where=where,
                           hint="the checkpoint comes from another version of this model")
     if any(p.is_meta for p in model.parameters()):  # a large model, built without memory: it takes the tensors themselves
         model.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()}, assign=True)

@@ -109,8 +109,8 @@ def _foreign(path: Path) -> dict[str, Any] | None:
 def _ours(path: Path) -> dict[str, Any]:
     """A checkpoint of ours. One that is damaged is refused, as everywhere."""
     try:
-        meta = checkpoint.read_meta(path)
-        model, tensors = checkpoint.load(path), checkpoint.load_tensors(path)
+        meta, tensors = checkpoint.read_meta(path), checkpoint.load_tensors(path)
+        model = checkpoint.assemble(meta, tensors, path)
     except UsageError:
         raise
     except EdgekdError as e:

@@ -86,9 +86,9 @@ class Reference:
             return [p.inputs(self.embeddings[:1]) for p in self.probes]
         return [{"image_embeddings": e[None]} for e in self.embeddings]
 
-    def official(self, p: Probe, size: tuple[int, int] = (1, 1)) -> list[dict[str, np.ndarray]]:
+    def official(self, p: Probe) -> list[dict[str, np.ndarray]]:
         """The prompts of a probe one by one, as inputs of SAM's own decoder signature."""
-        return list(official_inputs(self.embeddings[:1], p.points, p.labels, p.mask_input, p.has_mask, size))
+        return list(official_inputs(self.embeddings[:1], p.points, p.labels, p.mask_input, p.has_mask))
 
 
 def sound(model: str, what: str, output: np.ndarray) -> None:
@@ -153,8 +153,8 @@ def official_parity(session: Session, reference: Reference) -> dict[str, Any]:
     for p, (masks, iou) in zip(reference.probes, reference.answers, strict=True):
         if len(p.points) == COUNTS[-1]:
             continue  # a call takes one prompt: more of them show nothing new
-        for i, (height, width) in zip(range(len(p.points)), itertools.cycle(shapes)):
-            out = session.run(reference.official(p, (height, width))[i])
+        for i, (asked, (height, width)) in enumerate(zip(reference.official(p), itertools.cycle(shapes))):
+            out = session.run(asked | {"orig_im_size": as_array((height, width))})
             photo = Frame(height, width, spec.side, spec.fit == "stretch").mask_to_image(masks[i:i + 1])
             if out["masks"].shape != photo.shape or out["low_res_masks"].shape != masks[:1].shape:
                 raise EdgekdError(f"the exported decoder answers a photo of {height} x {width} with masks {out['masks'].shape} and "
@@ -172,7 +172,7 @@ def proposer_parity(session: Session, reference: Reference) -> dict[str, Any]:
     theirs, ours = [], []
     for embedding in reference.embeddings:
         with torch.no_grad():
-            boxes, scores = (as_array(x) for x in module.proposer(torch.from_numpy(embedding[None])))
+            boxes, scores = (as_array(x)[None] for x in module.propose(torch.from_numpy(embedding[None])))
         out = session.run({"image_embeddings": embedding[None]})
         theirs.append(np.concatenate([boxes / module.preprocess.side, scores[..., None]], axis=-1))
         ours.append(np.concatenate([out["boxes"] / module.preprocess.side, out["scores"][..., None]], axis=-1))

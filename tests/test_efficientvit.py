@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_fold import unsettle
-from tiny import bf16_steps_learn, onnx_gap
+from tiny import bf16_steps_learn, onnx_gap, unreached
 from torch import nn
 
 from edgekd.models.efficientvit import CONFIGS, HEAD_DIM, ConvNorm, EfficientViT, FusedMBConv, LiteAttention, MBConv, Neck, ResConv
@@ -176,13 +176,7 @@ def test_conv_norm_folds_with_and_without_norm_and_activation() -> None:
 
 def test_every_parameter_gets_a_gradient() -> None:
     torch.manual_seed(0)
-    model = EfficientViT(TINY, 32).train()
-    for m in model.modules():  # a zero residual scale would hide what lies before it
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.ones_(m.weight)
-    (model(torch.randn(2, 3, 128, 128)) * torch.randn(2, 32, 16, 16)).sum().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert unreached(EfficientViT(TINY, 32), 128) == []
 
 
 def test_bf16_channels_last_step_learns() -> None:

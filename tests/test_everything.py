@@ -37,6 +37,10 @@ class Proposing(Oracle):
         rows.append([60, 60, 60.2, 64])
         return np.array([rows], dtype=np.float32), np.linspace(0.9, 0.5, len(rows), dtype=np.float32)[None]
 
+    def propose(self, embedding: Any) -> tuple[np.ndarray, np.ndarray]:
+        boxes, scores = self.proposer(embedding)
+        return boxes[0], scores[0]
+
 
 def found_all(found: np.ndarray, truth: np.ndarray) -> bool:
     """Every true mask is among those found, up to corners rounded by enlarging."""

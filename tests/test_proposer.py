@@ -23,6 +23,7 @@ from edgekd.models.sam import Sam, components
 from edgekd.parity import EXACT, Reference, failure, proposer_parity
 from edgekd.probes import pictures
 from edgekd.protocols import Session
+from edgekd.runtime import ArtifactModel
 from edgekd.tasks.everything import Settings, everything
 from edgekd.tasks.metrics import iou
 from edgekd.tasks.predictor import ModelPredictor
@@ -170,6 +171,8 @@ class Opened:
         assert component == "proposer"
         return self.proposer_session
 
+    propose = ArtifactModel.propose
+
     def embed(self, images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             return self.model.embed(torch.from_numpy(images)).numpy()
@@ -184,7 +187,7 @@ class Opened:
 def test_its_file_proposes_the_same_and_segments_everything(tmp_path: Path, format: str) -> None:
     exporter = plugins.exporter(format)
     if not exporter.availability().ok:
-        pytest.skip(f"{format} is not installed")
+        pytest.skip(f"{format} is not installed: {exporter.availability().fix}")
     model = tiny_sam()
     torch.manual_seed(1)
     model.proposer = BoxProposer(model.embed_dim, width=16, depth=1).eval()

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
-from tiny import bf16_steps_learn, onnx_gap
+from tiny import bf16_steps_learn, onnx_gap, unreached
 from torch import nn
 
 from edgekd.errors import UsageError
@@ -112,15 +112,9 @@ def test_squeeze_excite_width(channels: int, hidden: int) -> None:
 
 
 def test_every_parameter_gets_a_gradient() -> None:
-    model = RepViT(TINY, 32).train()
-    for m in model.modules():  # a zero residual scale would hide what lies before it
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.ones_(m.weight)
-    (model(torch.randn(2, 3, 64, 64)) * torch.randn(2, 32, 4, 4)).sum().backward()
-    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    missing = unreached(RepViT(TINY, 32), 64)
     # a constant shift right before a batch norm cannot matter: these are the biases of the 1x1 branch under the joint norm
     assert all(n.endswith("conv1.bias") or n.endswith("conv.bn.bias") for n in missing), missing
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 def test_bf16_channels_last_step_learns() -> None:

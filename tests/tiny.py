@@ -134,3 +134,14 @@ def onnx_gap(encoder: nn.Module, images: Tensor, folder: Path) -> float:
     got = exporter.open(path, scheme="fp32").run({"images": images.numpy()})["image_embeddings"]
     with torch.no_grad():
         return float(np.abs(got - encoder(images).numpy()).max())
+
+
+def unreached(encoder: nn.Module, side: int) -> list[str]:
+    """Parameters that get no gradient, or zeros only, from a random loss on two images of `side` pixels; what they get must be finite."""
+    for m in encoder.train().modules():  # a zero residual scale would hide what lies before it
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.ones_(m.weight)
+    out = encoder(torch.randn(2, 3, side, side))
+    (out * torch.randn(out.shape)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in encoder.parameters() if p.grad is not None)
+    return [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]

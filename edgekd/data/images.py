@@ -135,15 +135,19 @@ class Frame:
             return self.side, self.side
         return max(1, int(self.height * self.scale + 0.5)), max(1, int(self.width * self.scale + 0.5))
 
+    @property
+    def ratio(self) -> np.ndarray:
+        """(2,) xy: pixels of the square per photo pixel, exact for each axis, since the short side was rounded to whole pixels."""
+        height, width = self.resized
+        return np.array([width / self.width, height / self.height])
+
     def to_model(self, points: Any) -> np.ndarray:
         """(..., 2) xy in the photo -> (..., 2) float32 xy as prompt encoders take them.
 
-        Each axis uses its own exact ratio, since the short side was rounded to whole pixels. SAM's prompt encoder counts
-        pixel centres from 0 and adds half a pixel itself, hence - 0.5: a click and a box edge end up exactly where they are.
+        SAM's prompt encoder counts pixel centres from 0 and adds half a pixel itself, hence - 0.5: a click and a box edge end up
+        exactly where they are.
         """
-        height, width = self.resized
-        ratio = np.array([width / self.width, height / self.height])
-        return (np.asarray(points, dtype=np.float64) * ratio - 0.5).astype(np.float32)
+        return (np.asarray(points, dtype=np.float64) * self.ratio - 0.5).astype(np.float32)
 
     def mask_to_image(self, logits: np.ndarray) -> np.ndarray:
         """(..., s, s) logits covering the whole square -> (..., H, W) float32 over the photo.

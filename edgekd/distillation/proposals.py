@@ -103,8 +103,7 @@ def pairs(model: Sam, sample: Sample, plan: Plan) -> list[Pair]:
 
 def to_square(boxes: np.ndarray, frame: Frame) -> np.ndarray:
     """(n, 4) xyxy in pixels of the photo -> in the F frame, on continuous coordinates."""
-    height, width = frame.resized
-    return boxes * np.array([width / frame.width, height / frame.height] * 2)
+    return boxes * np.tile(frame.ratio, 2)
 
 
 def fit(proposer: BoxProposer, data: list[Pair], plan: Plan, on_step: Callable[[int, float], None] | None = None) -> list[float]:

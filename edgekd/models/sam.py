@@ -197,6 +197,12 @@ class Sam(nn.Module):
         code = self.prompt_encoder.pe_layer.grid(*embedding.shape[-2:])
         return self.mask_decoder(embedding, dense, code, tokens, bias)
 
+    def propose(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedding (1, E, s, s) of one image -> boxes (Q, 4) xyxy in the F frame and their scores (Q,) in 0..1; for models with a proposer."""
+        assert self.proposer is not None
+        boxes, scores = self.proposer(embedding)
+        return boxes[0], scores[0]
+
 
 class Decoder(nn.Module):
     """The prompt encoder and mask decoder as one exportable component."""

@@ -1,8 +1,6 @@
 """Profiles of "segment everything": one photo from its pixels to all its masks, with the decoder inside, several ways against each other."""
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edgekd.data.images import read_image
 from edgekd.data.scenes import Scenes
-from edgekd.errors import EdgekdError
 from edgekd.measurement import Circumstances, Latency
+from edgekd.profiling import door
 from edgekd.profiling.latency import interleave
 from edgekd.profiling.profile import ask, transport_of
 from edgekd.runtime import open_artifact
@@ -64,8 +62,8 @@ def profile_everything(
     device = transport or transport_of(target)
     if threads is None and not isinstance(target, str):
         threads = target.limits.threads
-    arguments = [*(device.push(Path(f)) for f in folders), "--warmup", str(warmup), "--repeats", str(repeats), "--max-seconds", str(max_seconds)]
-    arguments += [*(["--threads", str(threads)] if threads else []), *(x for m in modes for x in ("--mode", m)), *(["--photo", str(photo)] if photo else [])]
+    arguments = [*(device.push(Path(f)) for f in folders), *door.flags(threads=threads, warmup=warmup, repeats=repeats, max_seconds=max_seconds)]
+    arguments += [*(x for m in modes for x in ("--mode", m)), *(["--photo", str(photo)] if photo else [])]
     found = ask(device, MODULE, arguments, 300 + 30 * max_seconds * len(folders) * max(3, len(modes)))
     name = target if isinstance(target, str) else target.name
     return [EverythingProfile(
@@ -109,22 +107,12 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, print one JSON document. Errors go to stderr with exit code 1."""
-    parser = argparse.ArgumentParser(prog=MODULE, description="Segment everything with artifacts here and print what was measured as JSON.")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser = door.parser(MODULE, "Segment everything with artifacts here and print what was measured as JSON.", warmup=1, repeats=10)
     parser.add_argument("--mode", action="append", default=[])
     parser.add_argument("--photo")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--max-seconds", type=float, default=8.0)
     a = parser.parse_args(arguments)
-    try:
-        out = measure(a.folders, modes=a.mode, photo=a.photo, threads=a.threads, warmup=a.warmup, repeats=a.repeats, max_seconds=a.max_seconds)
-    except EdgekdError as e:
-        print(e, file=sys.stderr)
-        return 1
-    print(json.dumps(out))
-    return 0
+    return door.answer(lambda: measure(a.folders, modes=a.mode, photo=a.photo, threads=a.threads, warmup=a.warmup, repeats=a.repeats,
+                                       max_seconds=a.max_seconds))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from edgekd.artifact import Manifest
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.measurement import Circumstances, Latency
+from edgekd.profiling import door
 from edgekd.profiling.footprint import folder_bytes
 from edgekd.profiling.transport import Transport
 from edgekd.profiling.transport.local import Local
@@ -91,8 +92,8 @@ def profile_many(
     if threads is None and not isinstance(target, str):
         threads = target.limits.threads
     there = [device.push(Path(f)) for f in folders]
-    shared = ["--prompts", str(prompts), *(["--threads", str(threads)] if threads else [])]
-    timing = ["--warmup", str(warmup), "--repeats", str(repeats), "--max-seconds", str(max_seconds)]
+    shared = ["--prompts", str(prompts), *door.flags(threads=threads)]
+    timing = door.flags(threads=None, warmup=warmup, repeats=repeats, max_seconds=max_seconds)
     limit = 120 + 10 * max_seconds * 3 * len(there)  # three timed calls each; generous, since a machine may be busy
     found = ask(device, RUNNER, [*there, *shared, *timing], limit)
     peaks = [ask(device, RUNNER, [f, "--footprint", *shared], 180)["peak_memory_bytes"] if memory else None for f in there]

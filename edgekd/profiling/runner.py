@@ -5,8 +5,6 @@
 """
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -15,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.errors import EdgekdError
 from edgekd.measurement import Circumstances
 from edgekd.probes import pictures, probe
+from edgekd.profiling import door
 from edgekd.profiling.footprint import peak_memory_bytes
 from edgekd.profiling.latency import Call, Samples, interleave
 from edgekd.runtime import ArtifactModel, open_artifact
@@ -87,26 +85,14 @@ def _described(model: ArtifactModel, took: dict[str, float], samples: dict[str, 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, print. Errors go to stderr with exit code 1."""
-    parser = argparse.ArgumentParser(prog="edgekd.profiling.runner", description="Run artifacts here and print what was measured as JSON.")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser = door.parser("edgekd.profiling.runner", "Run artifacts here and print what was measured as JSON.", warmup=3, repeats=30)
     parser.add_argument("--footprint", action="store_true", help="peak memory of one artifact instead of latency")
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--prompts", type=int, default=1)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--max-seconds", type=float, default=8.0, help="per timed call; at least 10 samples are taken")
     parser.add_argument("--json", action="store_true", help="the only output there is; accepted for symmetry with edgekd")
     a = parser.parse_args(arguments)
-    try:
-        if a.footprint:
-            out = footprint(a.folders[0], threads=a.threads, prompts=a.prompts)
-        else:
-            out = latency(a.folders, threads=a.threads, prompts=a.prompts, warmup=a.warmup, repeats=a.repeats, max_seconds=a.max_seconds)
-    except EdgekdError as e:
-        print(e, file=sys.stderr)
-        return 1
-    print(json.dumps(out))
-    return 0
+    if a.footprint:
+        return door.answer(lambda: footprint(a.folders[0], threads=a.threads, prompts=a.prompts))
+    return door.answer(lambda: latency(a.folders, threads=a.threads, prompts=a.prompts, warmup=a.warmup, repeats=a.repeats, max_seconds=a.max_seconds))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from edgekd.tasks import rle
 from edgekd.tasks.matching import CATEGORY, match
 from edgekd.tasks.metrics import DETECTION
 from edgekd.tasks.precision import Precision, intervals
-from edgekd.tasks.predictor import THRESHOLD, ModelPredictor, Predictor, Rule, predictor
+from edgekd.tasks.predictor import THRESHOLD, ModelPredictor, Predictor, Rule, predictor, select
 from edgekd.tasks.promptable import Evaluation, Progress
 from edgekd.tasks.recall import instances
 
@@ -196,7 +196,7 @@ def _segment(asked: Predictor, sample: Sample, boxes: Boxes, rule: Rule) -> list
         prompts = Prompts.boxes(boxes.xyxy[part])
         if rule == "iou" and isinstance(asked, ModelPredictor):
             logits, predicted = asked.decode(state, prompts)
-            best = 1 + np.argmax(predicted[:, 1:], axis=1)
+            best = select(predicted, np.ones(len(predicted), dtype=bool), rule)
             every = np.arange(len(best))
             masks, sure = state[1].mask_to_image(logits[every, best]) > THRESHOLD, predicted[every, best]
         else:

@@ -23,14 +23,8 @@ def propose(model: Promptable, state: tuple[Any, Frame]) -> tuple[np.ndarray, np
     """
     embedding, frame = state
     anything: Any = model
-    if getattr(model, "manifest", None) is not None:
-        out = anything.session("proposer").run({"image_embeddings": embedding})
-        boxes, scores = out["boxes"], out["scores"]
-    else:
-        with inference(model):
-            boxes, scores = anything.proposer(embedding)
-    height, width = frame.resized
-    ratio = np.array([width / frame.width, height / frame.height] * 2)
-    found = (as_array(boxes)[0] / ratio).clip(0, [frame.width, frame.height] * 2)
+    with inference(model):
+        boxes, scores = anything.propose(embedding)
+    found = (as_array(boxes) / np.tile(frame.ratio, 2)).clip(0, [frame.width, frame.height] * 2)
     whole = (found[:, 2:] - found[:, :2] >= 1).all(axis=1)
-    return found[whole], as_array(scores)[0][whole]
+    return found[whole], as_array(scores)[whole]
