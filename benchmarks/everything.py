@@ -23,10 +23,10 @@ from edgekd.measurement import Circumstances
 from edgekd.protocols import Dataset
 from edgekd.resolve import load_torch
 from edgekd.runtime import ArtifactModel
-from edgekd.tasks.everything import Everything, Settings, everything
-from edgekd.tasks.predictor import ModelPredictor
-from edgekd.tasks.proposing import has_proposer
-from edgekd.tasks.recall import instances, recall
+from edgekd.tasks.promptable.everything import Everything, Settings, everything
+from edgekd.tasks.promptable.predictor import ModelPredictor
+from edgekd.tasks.promptable.proposing import has_proposer
+from edgekd.tasks.promptable.recall import instances, recall
 from edgekd.workspace import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ AT = "everything_ar100"
 
 
 def ask(model: ArtifactModel, data: Dataset, modes: list[str], settings: Settings) -> dict[str, list[dict[str, Any]]]:
-    """Mode -> one row a photo: seconds, prompts, masks, and the recall sums of `edgekd.tasks.recall`."""
+    """Mode -> one row a photo: seconds, prompts, masks, and the recall sums of `edgekd.tasks.promptable.recall`."""
     predictor = ModelPredictor(model)
     everything(predictor, data[0].image, mode="grid", settings=settings)  # nothing cold is timed
     rows: dict[str, list[dict[str, Any]]] = {m: [] for m in modes}

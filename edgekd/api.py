@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from edgekd.protocols import Dataset
     from edgekd.recipe import Recipe
     from edgekd.report.schema import Report
-    from edgekd.tasks.everything import Everything
-    from edgekd.tasks.predict import Box, Point, Prediction
-    from edgekd.tasks.promptable import Evaluation
+    from edgekd.tasks.promptable.everything import Everything
+    from edgekd.tasks.promptable.predict import Box, Point, Prediction
+    from edgekd.tasks.promptable.scoring import Evaluation
 
 
 def load_recipe(name: str | Path = "default", *, sets: Sequence[str] = (), teacher: str | None = None,
@@ -189,14 +189,14 @@ def evaluate(*, model: str | Path, data: str | Path, split: str | None = None, t
     """Accuracy of any model by protocol. The teacher that an artifact or checkpoint names is asked the same prompts.
 
     Args:
-        metrics: groups of `edgekd.tasks.metrics.GROUPS` (box, center and clicks when left out).
+        metrics: groups of `edgekd.tasks.promptable.metrics.GROUPS` (box, center and clicks when left out).
         boxes: instead of those, COCO's AP of the masks that boxes prompt: a detector's results json, or `truth` for the ground truth's boxes.
         everything_mode: of the group `everything` (see `everything`).
         images: where the photos of a COCO or LVIS json are, when not beside it.
     """
     from edgekd import resolve
-    from edgekd.tasks import detection, promptable
-    from edgekd.tasks.metrics import DEFAULT_GROUPS, check_groups
+    from edgekd.tasks.promptable import detection, scoring
+    from edgekd.tasks.promptable.metrics import DEFAULT_GROUPS, check_groups
 
     groups = check_groups(DEFAULT_GROUPS if metrics is None else metrics)
     if boxes is not None and metrics is not None:
@@ -206,11 +206,11 @@ def evaluate(*, model: str | Path, data: str | Path, split: str | None = None, t
     name = teacher or resolve.teacher_of(model)
     reference = resolve.load_model(name) if name is not None else None
     dataset = open_labelled(data, split=split, limit=limit, teacher=reference, images=images)
-    most = promptable.MAX_INSTANCES if max_instances is None else max_instances
+    most = scoring.MAX_INSTANCES if max_instances is None else max_instances
     with console.progress(len(dataset), f"evaluate {asked.name}") as progress:
         if boxes is not None:
             return detection.detection_ap(asked, dataset, boxes=None if boxes == "truth" else boxes, progress=progress)
-        return promptable.evaluate(asked, dataset, metrics=groups, teacher=reference, max_instances=most, progress=progress,
+        return scoring.evaluate(asked, dataset, metrics=groups, teacher=reference, max_instances=most, progress=progress,
                                    everything_mode=everything_mode)  # type: ignore[arg-type]
 
 
@@ -222,7 +222,7 @@ def open_labelled(data: str | Path, *, split: str | None = None, limit: int | No
     dataset = open_data(data, split=split, limit=limit, images=images)
     if dataset.has_masks or teacher is None:
         return dataset
-    from edgekd.tasks.pseudo import pseudo_label
+    from edgekd.tasks.promptable.pseudo import pseudo_label
 
     return pseudo_label(teacher, dataset)
 
@@ -231,7 +231,7 @@ def predict(*, model: str | Path, image: str | Path, output: Path, points: Seque
             box: Box | None = None, threads: int | None = None) -> Prediction:
     """Segment what a prompt means on one photo and write the mask as a PNG of the photo's size."""
     from edgekd import resolve
-    from edgekd.tasks.predict import predict_file
+    from edgekd.tasks.promptable.predict import predict_file
 
     return predict_file(resolve.load_model(model, threads=threads), image, output, points=points, labels=labels, box=box)
 
@@ -245,8 +245,8 @@ def everything(*, model: str | Path, image: str | Path, output: Path, mode: str 
         points_per_side: of the grid; 32 when left out.
     """
     from edgekd import resolve
-    from edgekd.tasks.everything import Settings
-    from edgekd.tasks.saving import everything_file
+    from edgekd.tasks.promptable.everything import Settings
+    from edgekd.tasks.promptable.saving import everything_file
 
     settings = Settings() if points_per_side is None else Settings(points_per_side=points_per_side)
     return everything_file(resolve.load_model(model, threads=threads), image, output, mode=mode, settings=settings)  # type: ignore[arg-type]

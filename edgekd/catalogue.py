@@ -27,7 +27,7 @@ def students() -> list[Row]:
 def models() -> list[Row]:
     """Everything that can be named where a model is expected, each once. The details of a student are counted on its network: `list students`."""
     from edgekd import students, zoo
-    from edgekd.tasks import baselines
+    from edgekd.tasks.promptable import baselines
 
     rows = [{"name": r.pop("name"), "kind": "teacher", **r} for r in teachers()]
     for row in rows:
@@ -57,9 +57,9 @@ def schemes() -> list[Row]:
 
 
 def objectives() -> list[Row]:
-    from edgekd.distillation import objectives
+    from edgekd.distillation import points
 
-    return [{"name": name, **objectives.describe(name)} for name in objectives.names()]
+    return points.everything()
 
 
 def tasks() -> list[Row]:

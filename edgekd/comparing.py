@@ -15,8 +15,8 @@ from edgekd.quantization import schemes
 from edgekd.quantization.calibration import DecoderCalibration, EncoderCalibration
 from edgekd.recipe import REFERENCE_SCHEME
 from edgekd.runtime import open_artifact
-from edgekd.tasks import promptable
-from edgekd.tasks.pseudo import pseudo_label
+from edgekd.tasks.promptable import scoring
+from edgekd.tasks.promptable.pseudo import pseudo_label
 from edgekd.workspace import usable_folder
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _report(reference: Manifest, found: Manifest, folder: Path, target: Target, 
     drop = None
     if dataset is not None:
         photos = pseudo_label(source, dataset if len(dataset) <= PHOTOS else Subset(dataset, range(PHOTOS)))
-        scores = [promptable.evaluate(open_artifact(path), photos).metrics["box_miou"] for path in paths]
+        scores = [scoring.evaluate(open_artifact(path), photos).metrics["box_miou"] for path in paths]
         drop = scores[0] - scores[1]
     compared = Comparison(found.size_bytes / reference.size_bytes, latencies[1].p50 / latencies[0].p50 if latencies[0] else None, drop)
     verdict, reason = compared.verdict()

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from edgekd import __version__, checkpoint, console, plugins, recipe, report, students, target, teachers, trial
 from edgekd.checkpoint import weights_sha256
@@ -19,6 +20,8 @@ from edgekd.data import Subset, open_data
 from edgekd.data.joined import Joined
 from edgekd.decision import Decision, choose, judge, next_action, plan_verdicts
 from edgekd.distillation import verbs
+from edgekd.distillation.checks import check_data, check_recipe
+from edgekd.distillation.material import TrainingData, load_teachers, open_training_data
 from edgekd.errors import EdgekdError
 from edgekd.ledger import Ledger
 from edgekd.measurement import Circumstances
@@ -26,15 +29,15 @@ from edgekd.models.sam import Sam
 from edgekd.plan import Plan, make_plan
 from edgekd.profiling.profile import Profile
 from edgekd.protocols import Dataset
-from edgekd.recipe import REFERENCE_SCHEME, Recipe
+from edgekd.recipe import REFERENCE_SCHEME, Recipe, Stage
 from edgekd.report import schema
 from edgekd.report.figures import Curve
 from edgekd.report.schema import Accuracy, CandidateRow, Report
 from edgekd.search.space import Candidate, candidates
 from edgekd.showing import overlays
 from edgekd.target import Target
-from edgekd.tasks.predictor import Remembered
-from edgekd.tasks.pseudo import pseudo_label
+from edgekd.tasks.promptable.predictor import Remembered
+from edgekd.tasks.promptable.pseudo import pseudo_label
 from edgekd.trial import Bench
 from edgekd.workspace import fingerprint, run_lock, usable_folder, write_atomic, write_json
 
@@ -59,7 +62,9 @@ class Run:
 
     options: CompressOptions
     bench: Bench
-    data: verbs.TrainingData
+    teachers: Mapping[str, Any]
+    stages: list[Stage]
+    data: TrainingData
     teacher_accuracy: Accuracy
     protocol: schema.Protocol
     rows: dict[str, CandidateRow] = field(default_factory=dict)
@@ -91,13 +96,14 @@ def compress(options: CompressOptions) -> Report:
     chosen = with_formats(options)
     points = space(chosen)
     open_data(chosen.data, limit=1, masks=False)  # a wrong path is told before the teacher is loaded
-    teacher = teachers.load(chosen.recipe.teacher)
+    stages = check_recipe(chosen.recipe)
+    taught = load_teachers(chosen.recipe, chosen.data, usable_folder(chosen.output / "teacher"))
     usable_folder(chosen.output)
     with run_lock(chosen.output):
         if not chosen.resume:
             clear(chosen.output)
         describe(chosen)
-        run = prepare(chosen, teacher)
+        run = prepare(chosen, taught, stages)
         plan_students(run, points)
         train_and_measure(run, points)
         decision = decide(run)
@@ -145,10 +151,11 @@ def describe(options: CompressOptions) -> None:
 # --- before training -------------------------------------------------------------------------------------------------
 
 
-def prepare(options: CompressOptions, teacher: Sam) -> Run:
+def prepare(options: CompressOptions, taught: Mapping[str, Any], stages: list[Stage]) -> Run:
     """Cache the teacher, set up the evaluation, and measure the teacher as the candidates will be."""
-    r, folder = options.recipe, options.output
-    data = verbs.open_training_data(r, options.data, teacher, usable_folder(folder / "cache"))
+    r, folder, teacher = options.recipe, options.output, next(iter(taught.values()))
+    data = open_training_data(r, options.data, taught, usable_folder(folder / "cache"), stages)
+    check_data(stages, data)
     evaluation, labelled = evaluation_set(r, teacher, data.held_out)
     bench = Bench(folder, Ledger(folder / "ledger.jsonl"), r, options.target, teacher, Remembered(teacher), evaluation, labelled,
                   calibration=data.sources[0].dataset)
@@ -157,7 +164,7 @@ def prepare(options: CompressOptions, teacher: Sam) -> Run:
     found = trial.accuracy(result)
     protocol = schema.Protocol(prompts=result["protocol"]["prompts"], dataset=evaluation.name, images=result["images"], instances=result["instances"],
                                labels=result["protocol"]["labels"], skipped=data.skipped)
-    return Run(options, bench, data, found, protocol)
+    return Run(options, bench, taught, stages, data, found, protocol)
 
 
 def evaluation_set(r: Recipe, teacher: Sam, held_out: Dataset) -> tuple[Dataset, frozenset[str]]:
@@ -261,7 +268,7 @@ def trained_student(run: Run, name: str, size: int) -> Sam:
     """The student after the recipe's stages; from its checkpoint when they were finished earlier."""
     teacher, folder = run.bench.teacher, run.options.output / "checkpoints"
     student, start = verbs.new_student(name, size, teacher)
-    key = verbs.training_key(run.recipe, student, teacher, run.data)
+    key = verbs.training_key(run.stages, student, run.teachers, run.data)
     label = f"{student.name}-{size}"
     path = folder / f"{label}{checkpoint.SUFFIX}"
     known = run.bench.ledger.known("train", key)
@@ -274,7 +281,7 @@ def trained_student(run: Run, name: str, size: int) -> Sam:
             known = None
     if known is None:
         console.log(f"distil {label} from {start}")
-        results = verbs.train_student(student, teacher, run.recipe.stages, run.data, folder / "stages" / key)
+        results = verbs.train_student(student, run.teachers, run.stages, run.data, folder / "stages" / key)
         checkpoint.save(student, path, teacher=teacher.name, history={"recipe": run.recipe.name, "start": start, "data": run.options.data})
         known = run.bench.ledger.record("train", label, key, {
             "start": start, "curves": {r.name: [round(row["loss"], 6) for row in r.curve] for r in results}, **verbs.curve_summary(results)})

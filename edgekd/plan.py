@@ -12,7 +12,8 @@ from typing import Any
 from edgekd import students, teachers
 from edgekd.console import duration
 from edgekd.data import open_data
-from edgekd.distillation.objectives import PER_PROMPT, registry
+from edgekd.distillation.outputs import PER_PROMPT
+from edgekd.distillation.points import registry
 from edgekd.recipe import Recipe, Stage
 from edgekd.search.space import Candidate
 from edgekd.target import Target
@@ -101,6 +102,6 @@ def _gmacs(candidate: Candidate) -> float:
 
 def _image_gmacs(stage: Stage, encoder: float, side: int) -> float:
     """What one image of a step costs: backward is twice the forward, and a frozen encoder has none."""
-    prompted = any(o.name in registry() and registry()[o.name].needs & PER_PROMPT for o in stage.objectives)
+    prompted = any(o.name in registry("objective") and registry("objective")[o.name].needs & PER_PROMPT for o in stage.objectives)
     decodes = (stage.decode_iters + 1) * stage.instances if prompted else 0
     return (3 if "encoder" in stage.trainable else 1) * encoder + decodes * DECODE_GMACS * (side / 256) ** 2

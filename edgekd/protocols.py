@@ -92,6 +92,35 @@ class Promptable(Protocol):
         ...
 
 
+@runtime_checkable
+class Task(Protocol):
+    """What a model is made to do: one folder `edgekd/tasks/<task>/` with a module-level `task`.
+
+    Its models are modules with `name`, `preprocess`, `encoder`, `parts` (name -> module that a stage can train) and
+    `outputs(images) -> {name: tensor}`, of the names in `edgekd.distillation.outputs.FEATURES`.
+    """
+
+    name: str
+    summary: str
+    outputs: frozenset[str]
+    """Everything that objectives of this task can be given (`edgekd.distillation.outputs.NEEDS`)."""
+
+    parts: tuple[str, ...]
+    """Parts of a student that a stage can train."""
+
+    def teacher(self, name: str) -> Any:
+        """A frozen teacher in eval mode, by name, file, folder or hub id."""
+        ...
+
+    def student(self, name: str, image_size: int, teacher: Any) -> tuple[Any, str]:
+        """An untrained or pretrained student for this teacher, and where its weights come from."""
+        ...
+
+    def labelled(self, dataset: Dataset, teacher: Any) -> Dataset:
+        """The data with what this task's objectives learn from: its own labels, or the teacher's."""
+        ...
+
+
 @dataclass
 class Component:
     """A part that is exported and profiled on its own: a module in eval mode, its example inputs and its I/O."""

@@ -56,12 +56,25 @@ class DataSection(Settings):
     """Share of the photos that is kept out of training and used to evaluate."""
 
 
-class ObjectiveRef(Settings):
-    """A distillation loss by name, its weight and its own options."""
+class PluginRef(Settings):
+    """A plug-in by name and its own options."""
 
     name: str
-    weight: float = Field(default=1.0, ge=0)
     options: dict[str, Any] = {}
+
+
+class ObjectiveRef(PluginRef):
+    """A distillation loss, what it counts, and the taps that it compares."""
+
+    weight: float = Field(default=1.0, ge=0)
+    final_weight: float | None = Field(default=None, ge=0)
+    """What it counts at the last step; the weight goes there in a straight line."""
+    taps: list[tuple[str, str]] = []
+    """[student's, teacher's] pairs, for objectives that compare features or attention; none: the objective's own choice."""
+
+    def weight_at(self, progress: float) -> float:
+        """The weight when `progress` (0..1) of the stage is done."""
+        return self.weight if self.final_weight is None else self.weight + (self.final_weight - self.weight) * progress
 
 
 class Prompting(Settings):
@@ -95,8 +108,19 @@ class Stage(Settings):
 
     name: str
     objectives: list[ObjectiveRef] = Field(min_length=1)
-    trainable: list[Literal["encoder", "decoder", "prompt_encoder", "proposer"]] = Field(default=["encoder"], min_length=1)
-    """What learns; the rest is frozen, its batch norms too. A student without a box proposer gets one where it is to be trained."""
+    targets: list[PluginRef] = []
+    """What is done to the teacher's outputs before the objectives see them, in this order."""
+    controllers: list[PluginRef] = []
+    """What decides on stages and weights, in this order."""
+    policies: list[PluginRef] = []
+    """Which photos are drawn, in which view, mixed how."""
+    teacher: Literal["auto", "cached", "live"] = "auto"
+    """Where the teacher's outputs come from: its cache, or the teacher itself at every step. auto: the cache, unless a policy changes pixels."""
+    init_from: str | None = None
+    """A checkpoint of the student's shape to start this stage from; None: where the stage before it ended."""
+    trainable: list[str] = Field(default=["encoder"], min_length=1)
+    """What learns: parts of the student (encoder, decoder, prompt_encoder, proposer; of a classifier encoder, head). The rest is frozen, its
+    batch norms too. A student without a box proposer gets one where it is to be trained."""
     steps: int = Field(ge=1)
     """Optimizer steps. From epochs: epochs x images / (batch_size x accumulate)."""
     batch_size: int = Field(default=8, ge=1)
@@ -207,8 +231,14 @@ class Recipe(Settings):
 
     name: str
     description: str = ""
-    task: Literal["promptable_segmentation"] = "promptable_segmentation"
+    task: str = "promptable_segmentation"
     teacher: str = "sam_nano"
+    more_teachers: list[str] = []
+    """Further teachers, for what compares with several."""
+    preparation: list[PluginRef] = []
+    """What is done to the teacher before anything is asked of it, in this order."""
+    proposer: PluginRef | None = None
+    """What ranks the students before any is trained; `distill` takes the best, without one the first."""
     students: list[StudentSpace] = []
     data: DataSection = DataSection()
     stages: list[Stage] = []

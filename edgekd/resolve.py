@@ -27,7 +27,7 @@ def load_model(reference: str | Path, *, threads: int | None = None) -> Any:
     """
     text = str(reference)
     if text.startswith("baseline/"):
-        from edgekd.tasks import baselines
+        from edgekd.tasks.promptable import baselines
 
         return baselines.load(text)
     path = Path(reference).expanduser()
@@ -119,6 +119,6 @@ def teacher_of(reference: str | Path) -> str | None:
 
 
 def _baselines() -> list[str]:
-    from edgekd.tasks import baselines
+    from edgekd.tasks.promptable import baselines
 
     return baselines.names()

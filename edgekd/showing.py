@@ -8,9 +8,9 @@ import numpy as np
 from edgekd.data.prompts import Prompts, boxes_from_masks, center_clicks
 from edgekd.protocols import Dataset
 from edgekd.runtime import open_artifact
-from edgekd.tasks.predictor import predictor
-from edgekd.tasks.promptable import choose_instances
-from edgekd.tasks.pseudo import pseudo_label
+from edgekd.tasks.promptable.predictor import predictor
+from edgekd.tasks.promptable.pseudo import pseudo_label
+from edgekd.tasks.promptable.scoring import choose_instances
 
 if TYPE_CHECKING:
     from edgekd.report.figures import Overlay

@@ -22,8 +22,8 @@ from edgekd.report.schema import Accuracy, Agreement, CandidateRow, ComponentRow
 from edgekd.runtime import open_artifact
 from edgekd.search.space import Candidate
 from edgekd.target import Target
-from edgekd.tasks import promptable
-from edgekd.tasks.predictor import Remembered
+from edgekd.tasks.promptable import scoring
+from edgekd.tasks.promptable.predictor import Remembered
 from edgekd.workspace import fingerprint
 
 
@@ -159,7 +159,7 @@ def evaluate(bench: Bench, row: CandidateRow) -> CandidateRow:
 
 def measure(bench: Bench, model: Any) -> Result:
     """Evaluate any model as the candidates are: the mIoUs on images with labels of their own, the agreement on all."""
-    found = promptable.evaluate(model, bench.evaluation, teacher=bench.oracle, max_instances=bench.recipe.evaluation.max_instances)
+    found = scoring.evaluate(model, bench.evaluation, teacher=bench.oracle, max_instances=bench.recipe.evaluation.max_instances)
     return {"per_image": found.per_image, "protocol": found.protocol, "images": found.images, "instances": found.instances,
             "labelled": sorted(bench.labelled)}
 
@@ -174,5 +174,5 @@ def accuracy(result: Mapping[str, Any]) -> Accuracy:
         return sum(r[metric] * r["instances"] for r in rows) / total if total else None
 
     agreement = Agreement(box=mean("teacher_agreement.box", False), center=mean("teacher_agreement.center", False))
-    return Accuracy(**{m: mean(m, True) for m in promptable.METRICS}, teacher_agreement=agreement)
+    return Accuracy(**{m: mean(m, True) for m in scoring.METRICS}, teacher_agreement=agreement)
 

@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from edgekd.protocols import BOX_TOP_LEFT, POSITIVE, Preprocess, Sample
-from edgekd.tasks import rle
+from edgekd.tasks.promptable import rle
 
 STEP = 25
 

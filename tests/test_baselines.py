@@ -14,9 +14,9 @@ from oracles import Painted
 from edgekd.data import open_data
 from edgekd.data.prompts import Prompts
 from edgekd.errors import EdgekdError, UsageError
-from edgekd.tasks import baselines
-from edgekd.tasks.predictor import Predictor
-from edgekd.tasks.promptable import evaluate
+from edgekd.tasks.promptable import baselines
+from edgekd.tasks.promptable.predictor import Predictor
+from edgekd.tasks.promptable.scoring import evaluate
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 DRAWN = ["baseline/disc", "baseline/box_fill"]

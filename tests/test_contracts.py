@@ -1,18 +1,18 @@
 """The contracts, walked over every registry: what is found is tested the day it is added."""
 from __future__ import annotations
 
+import plugin_samples
 import pytest
 import torch
 
 from edgekd import catalogue, plugins, recipe, students, target, teachers
-from edgekd.distillation import objectives
-from edgekd.distillation.objectives import Context, Outputs
-from edgekd.models.proposer import SLOTS
+from edgekd.distillation import points
+from edgekd.distillation.outputs import NEEDS
 from edgekd.models.sam import components
 from edgekd.protocols import Availability, Promptable
 from edgekd.quantization import schemes
-from edgekd.tasks import baselines
-from edgekd.tasks.predictor import Predictor
+from edgekd.tasks.promptable import baselines
+from edgekd.tasks.promptable.predictor import Predictor
 
 S, E, P = 64, 32, 3
 
@@ -75,51 +75,34 @@ def test_teachers__that_ship_weights_are_frozen_and_promptable() -> None:
         assert not any(p.requires_grad for p in teacher.parameters())
 
 
-# --- objectives -------------------------------------------------------------------------------------------------------
+# --- plug-ins of distillation -----------------------------------------------------------------------------------------
 
 
-def outputs(seed: int) -> Outputs:
-    """All four masks of a prompt are alike, so that any of them may be the one that learns; all proposals of an image are one box."""
-    generator = torch.Generator().manual_seed(seed)
-    box = torch.tensor([[16.0, 16.0, 48.0, 48.0]]) if seed == 2 else torch.tensor([[2.0, 4.0, 20.0, 30.0]])
-    cells = len(SLOTS) * (S // 16) ** 2
-    return Outputs(embedding=torch.randn(2, E, S // 16, S // 16, generator=generator), iou=torch.rand(2 * P, 4, generator=generator),
-                   masks=torch.randn(2 * P, 1, S // 4, S // 4, generator=generator).repeat(1, 4, 1, 1), tokens=torch.randn(2 * P, 5, E, generator=generator),
-                   proposals=(box.repeat(2, cells, 1), torch.full((2, cells), 0.5)))
+@pytest.mark.parametrize(("point", "name"), [(p, n) for p in points.FOLDERS for n in points.names(p)])
+def test_plugin__describes_itself(point: str, name: str) -> None:
+    found = points.describe(point, name)
+    assert found["family"] in points.FAMILIES and found["paper"] and found["summary"] and set(found["needs"]) <= NEEDS
+    assert found["needs"] or point != "objective"
 
 
-def context() -> Context:
-    """Its truth is what `outputs(2)` says."""
-    told = outputs(2)
-    assert told.masks is not None and told.proposals is not None
-    truth = (told.masks[:, 0] > 0).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    return Context(valid=torch.ones(2, 1, S // 4, S // 4), valid_prompts=torch.ones(2 * P, S // 4, S // 4), single=torch.tensor([1.0, 0.0] * P), truth=truth,
-                   boxes=[told.proposals[0][0, :1]] * 2, side=S, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("name", objectives.names())
-def test_objective__describes_itself(name: str) -> None:
-    found = objectives.describe(name)
-    assert found["family"] and found["paper"] and set(found["needs"]) <= objectives.NEEDS and found["needs"]
-
-
-@pytest.mark.parametrize("name", objectives.names())
+@pytest.mark.parametrize("name", points.names("objective"))
 def test_objective__is_per_sample_finite_and_has_a_gradient(name: str) -> None:
-    objective = objectives.build(name, {})
-    student, teacher = outputs(1), outputs(2)
-    given = (student.embedding, student.masks, student.iou, student.tokens, *(student.proposals or ()))
-    leaves = [t.requires_grad_() for t in given if t is not None]
-    loss = objective(student, teacher, context())
-    assert loss.ndim == 1 and len(loss) in (2, 2 * P) and torch.isfinite(loss).all() and (loss >= 0).all()
+    objective = plugin_samples.bound(name)
+    student, teacher = plugin_samples.outputs(1), plugin_samples.outputs(2)
+    leaves = [t.requires_grad_() for t in plugin_samples.tensors(student)]
+    loss = objective(student, teacher, plugin_samples.context())
+    assert loss.ndim == 1 and len(loss) in (plugin_samples.B, plugin_samples.B * plugin_samples.P)
+    assert torch.isfinite(loss).all() and (loss >= -1e-5).all()
     loss.mean().backward()
     gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
     assert gradients and all(torch.isfinite(g).all() for g in gradients) and any(g.abs().sum() > 0 for g in gradients)
 
 
-@pytest.mark.parametrize("name", objectives.names())
+@pytest.mark.parametrize("name", [n for n in points.names("objective") if points.registry("objective")[n].least_at_teacher])
 def test_objective__is_least_where_the_student_is_the_teacher(name: str) -> None:
-    objective, teacher = objectives.build(name, {}), outputs(2)
-    assert objective(teacher, teacher, context()).mean() < objective(outputs(1), teacher, context()).mean()
+    objective, teacher = plugin_samples.bound(name), plugin_samples.outputs(2)
+    with torch.no_grad():
+        assert objective(teacher, teacher, plugin_samples.context()).mean() < objective(plugin_samples.outputs(1), teacher, plugin_samples.context()).mean()
 
 
 # --- recipes and targets name only what there is ----------------------------------------------------------------------
@@ -133,7 +116,7 @@ def test_recipe__names_only_what_there_is(name: str) -> None:
         students.parse(student.name)
     for stage in found.stages:
         for one in stage.objectives:
-            objectives.build(one.name, one.options)
+            points.build("objective", one.name, one.options)
     if found.formats != "auto":
         assert set(found.formats) <= set(plugins.exporters())
     if found.quantization.schemes != "auto":

@@ -14,10 +14,10 @@ from oracles import Empty, Oracle, Painted, by_pycocotools, coco_scene, write_co
 
 from edgekd.data import open_data
 from edgekd.errors import UsageError
-from edgekd.tasks import baselines
-from edgekd.tasks.detection import detection_ap
-from edgekd.tasks.matching import match
-from edgekd.tasks.precision import Precision, intervals, paired_interval, resampled
+from edgekd.tasks.promptable import baselines
+from edgekd.tasks.promptable.detection import detection_ap
+from edgekd.tasks.promptable.matching import match
+from edgekd.tasks.promptable.precision import Precision, intervals, paired_interval, resampled
 
 
 def boxes(tmp_path: Path, rows: list[tuple[int, tuple[float, ...], float, int | None]]) -> Path:

@@ -12,7 +12,8 @@ from edgekd.distillation.batches import Batches, Source, label_map
 from edgekd.distillation.cache import build_cache
 from edgekd.distillation.prompting import ask, tapped, token_module
 from edgekd.distillation.schedule import cosine, decay_groups, rate
-from edgekd.distillation.trainer import StageTrainer, instance_boxes, train_stages
+from edgekd.distillation.step import instance_boxes
+from edgekd.distillation.trainer import StageTrainer, train_stages
 from edgekd.distillation.verbs import new_student
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.models.sam import DecoderShape, Sam
@@ -158,7 +159,7 @@ def test_train_stages__finished_stages_are_not_trained_again(teacher: Sam, sourc
 
     def run(student: Sam) -> tuple[Sam, int]:
         seen: list[str] = []
-        train_stages(student, teacher, stages, lambda s: Batches([source], student.preprocess, s.batch_size, s.seed), tmp_path, lambda name, row: seen.append(name))
+        train_stages(student, teacher, stages, lambda step: Batches([source], student.preprocess, step.stage.batch_size, 0), tmp_path, lambda name, row: seen.append(name))
         return student, len(seen)
 
     first, steps = run(model(1, 8))
@@ -245,8 +246,8 @@ def test_instance_boxes__are_the_edges_of_each_instance() -> None:
 
 def test_batches__every_image_once_an_epoch_and_the_same_again(source: Source) -> None:
     batches = Batches([source], Preprocess(64), 2, seed=3)
-    seen = torch.cat([batches[k].embedding for k in range(3)])
-    assert len({e.numpy().tobytes() for e in seen}) == 6
+    seen = torch.cat([batches[k].places for k in range(3)])
+    assert sorted(seen.tolist()) == list(range(6))
     assert torch.equal(batches[1].images, Batches([source], Preprocess(64), 2, seed=3)[1].images)
 
 

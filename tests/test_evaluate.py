@@ -17,11 +17,11 @@ from edgekd.data.prompts import Prompts
 from edgekd.errors import UsageError
 from edgekd.protocols import ABSENT, Preprocess, Promptable, Sample
 from edgekd.tasks import names
-from edgekd.tasks.everything import stability, suppress
-from edgekd.tasks.metrics import GROUPS, bootstrap_interval, iou
-from edgekd.tasks.predictor import Masks, ModelPredictor, Predictor, Remembered, predictor, select
-from edgekd.tasks.promptable import METRICS, choose_instances, evaluate
-from edgekd.tasks.pseudo import pseudo_label
+from edgekd.tasks.promptable.everything import stability, suppress
+from edgekd.tasks.promptable.metrics import GROUPS, bootstrap_interval, iou
+from edgekd.tasks.promptable.predictor import Masks, ModelPredictor, Predictor, Remembered, predictor, select
+from edgekd.tasks.promptable.pseudo import pseudo_label
+from edgekd.tasks.promptable.scoring import METRICS, choose_instances, evaluate
 
 ONE = pytest.approx(1.0, abs=0.02)
 """Right on the mask grid: the photo's mask loses only the pixels at its corners, which bilinear enlargement rounds off."""
@@ -215,7 +215,7 @@ def test_the_gap_tells_a_good_iou_head_from_a_bad_one() -> None:
 
 
 def test_a_baseline_has_one_mask_and_none_without_a_prompt() -> None:
-    from edgekd.tasks import baselines
+    from edgekd.tasks.promptable import baselines
 
     disc = baselines.load("baseline/disc")
     assert evaluate(disc, Painted(count=1), metrics=("noc",)).metrics["noc80"] > 1

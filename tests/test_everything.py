@@ -14,11 +14,11 @@ from pycocotools import mask as coco
 from edgekd.data.prompts import Prompts
 from edgekd.errors import UsageError
 from edgekd.protocols import ABSENT, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT
-from edgekd.tasks.everything import BATCH, Settings, everything, resolve_mode, stability, suppress, suppress_boxes
-from edgekd.tasks.granularity import BoxedClicks, add_boxes, refine_click
-from edgekd.tasks.metrics import iou
-from edgekd.tasks.proposing import propose
-from edgekd.tasks.saving import draw, everything_file, save_everything
+from edgekd.tasks.promptable.everything import BATCH, Settings, everything, resolve_mode, stability, suppress, suppress_boxes
+from edgekd.tasks.promptable.granularity import BoxedClicks, add_boxes, refine_click
+from edgekd.tasks.promptable.metrics import iou
+from edgekd.tasks.promptable.proposing import propose
+from edgekd.tasks.promptable.saving import draw, everything_file, save_everything
 
 
 class Proposing(Oracle):

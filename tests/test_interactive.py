@@ -13,9 +13,9 @@ from oracles import Empty, Oracle, Painted
 
 from edgekd.data.prompts import Prompts, center_clicks, deepest_error
 from edgekd.protocols import ABSENT, NEGATIVE, POSITIVE
-from edgekd.tasks.interactive import MOST_CLICKS, number_of_clicks
-from edgekd.tasks.predictor import Masks, predictor
-from edgekd.tasks.promptable import evaluate
+from edgekd.tasks.promptable.interactive import MOST_CLICKS, number_of_clicks
+from edgekd.tasks.promptable.predictor import Masks, predictor
+from edgekd.tasks.promptable.scoring import evaluate
 
 SIZE = 40
 

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from oracles import Empty, Oracle, Painted
 
 from edgekd.errors import UsageError
-from edgekd.tasks.metrics import DEFAULT_GROUPS, DETECTION, GROUPS, bootstrap_interval, check_groups, paired_interval
-from edgekd.tasks.promptable import evaluate
+from edgekd.tasks.promptable.metrics import DEFAULT_GROUPS, DETECTION, GROUPS, bootstrap_interval, check_groups, paired_interval
+from edgekd.tasks.promptable.scoring import evaluate
 
 
 def rows(values: list[float], count: int = 2, metric: str = "box_miou") -> list[dict[str, Any]]:

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.distillation import objectives
+from edgekd.distillation import points
 from edgekd.distillation.losses import aligned, focal
-from edgekd.distillation.objectives import Context, Outputs
 from edgekd.distillation.objectives.point_masks import uncertain_points
+from edgekd.distillation.outputs import Context, Outputs
 from edgekd.errors import UsageError
 
 
@@ -17,7 +17,7 @@ def test_feature_mse__leaves_padding_out() -> None:
     theirs[:, :, 2:] = 100
     valid = torch.zeros(1, 1, 16, 16)
     valid[:, :, :8] = 1
-    loss = objectives.build("feature_mse", {})(Outputs(ours), Outputs(theirs), Context(valid))
+    loss = points.build("objective", "feature_mse", {})(Outputs(ours), Outputs(theirs), Context(valid))
     assert loss.tolist() == [1.0]
 
 
@@ -27,10 +27,10 @@ def masks_context(prompts: int, size: int, single: list[bool]) -> Context:
 
 def test_prompt_masks__by_hand() -> None:
     teacher_logits, student_logits = torch.full((1, 4, 2, 2), 5.0), torch.zeros(1, 4, 2, 2)
-    loss = objectives.build("prompt_masks", {"bce": 1.0, "dice": 0.0})(Outputs(torch.zeros(0), student_logits), Outputs(torch.zeros(0), teacher_logits),
+    loss = points.build("objective", "prompt_masks", {"bce": 1.0, "dice": 0.0})(Outputs(torch.zeros(0), student_logits), Outputs(torch.zeros(0), teacher_logits),
                                                                       masks_context(1, 2, [False]))
     assert loss.item() == pytest.approx(np.log(2))
-    dice = objectives.build("prompt_masks", {"bce": 0.0, "dice": 1.0})(Outputs(torch.zeros(0), student_logits), Outputs(torch.zeros(0), teacher_logits),
+    dice = points.build("objective", "prompt_masks", {"bce": 0.0, "dice": 1.0})(Outputs(torch.zeros(0), student_logits), Outputs(torch.zeros(0), teacher_logits),
                                                                       masks_context(1, 2, [False]))
     assert dice.item() == pytest.approx(1 - (2 * 2 + 1) / (2 + 4 + 1))
 
@@ -38,13 +38,13 @@ def test_prompt_masks__by_hand() -> None:
 def test_prompt_masks__alternatives_learn_from_one_click_only() -> None:
     teacher_logits, student_logits = torch.full((2, 4, 2, 2), 5.0), torch.full((2, 4, 2, 2), 9.0)
     student_logits[:, 2] = -9.0
-    loss = objectives.build("prompt_masks", {})(Outputs(torch.zeros(0), student_logits), Outputs(torch.zeros(0), teacher_logits), masks_context(2, 2, [True, False]))
+    loss = points.build("objective", "prompt_masks", {})(Outputs(torch.zeros(0), student_logits), Outputs(torch.zeros(0), teacher_logits), masks_context(2, 2, [True, False]))
     assert loss[0] > 10 and loss[1] < 0.1
 
 
 def test_iou_head__is_a_squared_error() -> None:
     ours, theirs = Outputs(torch.zeros(0), iou=torch.zeros(1, 4)), Outputs(torch.zeros(0), iou=torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
-    assert objectives.build("iou_head", {})(ours, theirs, masks_context(1, 2, [True])).tolist() == [0.5]
+    assert points.build("objective", "iou_head", {})(ours, theirs, masks_context(1, 2, [True])).tolist() == [0.5]
 
 
 def embeddings(difference: float) -> tuple[Outputs, Outputs, Context]:
@@ -61,7 +61,7 @@ def embeddings(difference: float) -> tuple[Outputs, Outputs, Context]:
     ("feature_huber", {"delta": 2.0}, 3.0, 2.0 * (3.0 - 1.0)),
 ])
 def test_feature_objectives__by_hand(name: str, options: dict, difference: float, wanted: float) -> None:
-    assert objectives.build(name, options)(*embeddings(difference)).tolist() == pytest.approx([wanted])
+    assert points.build("objective", name, options)(*embeddings(difference)).tolist() == pytest.approx([wanted])
 
 
 def test_aligned__leaves_a_foreign_teacher_s_further_channels_out() -> None:
@@ -79,7 +79,7 @@ def test_focal__by_hand() -> None:
 def test_decoder_tokens__alternatives_count_for_one_click() -> None:
     ours, theirs = torch.zeros(2, 5, 3), torch.zeros(2, 5, 3)
     theirs[:, :2], theirs[:, 2:] = 1.0, 4.0
-    found = objectives.build("decoder_tokens", {})(Outputs(torch.zeros(0), tokens=ours), Outputs(torch.zeros(0), tokens=theirs), masks_context(2, 2, [False, True]))
+    found = points.build("objective", "decoder_tokens", {})(Outputs(torch.zeros(0), tokens=ours), Outputs(torch.zeros(0), tokens=theirs), masks_context(2, 2, [False, True]))
     assert found.tolist() == pytest.approx([1.0, (2 * 1 + 3 * 4) / 5])
 
 
@@ -94,9 +94,9 @@ def test_hard_masks__weigh_what_the_student_is_behind_in() -> None:
     theirs, ours = torch.full((1, 4, 2, 2), 30.0), torch.full((1, 4, 2, 2), 30.0)
     ours[..., 1] = -30.0
     context = truth_context(truth, 2, [False])
-    found = objectives.build("hard_masks", {"eps": 0.0})(Outputs(torch.zeros(0), ours), Outputs(torch.zeros(0), theirs), context)
+    found = points.build("objective", "hard_masks", {"eps": 0.0})(Outputs(torch.zeros(0), ours), Outputs(torch.zeros(0), theirs), context)
     assert found.item() == pytest.approx(0.5 / (1 + np.exp(-1)))
-    plain = objectives.build("hard_masks", {"weighted": False, "logits": True})(Outputs(torch.zeros(0), ours), Outputs(torch.zeros(0), theirs), context)
+    plain = points.build("objective", "hard_masks", {"weighted": False, "logits": True})(Outputs(torch.zeros(0), ours), Outputs(torch.zeros(0), theirs), context)
     assert plain.item() == pytest.approx(30.0)
 
 
@@ -106,7 +106,7 @@ def test_truth_masks__the_best_alternative_learns_after_one_click() -> None:
     ours[:, 2] = 30.0
     ours.requires_grad_(True)
     iou = torch.tensor([[0.0, 0.0, 0.9, 0.0]]).repeat(2, 1)
-    found = objectives.build("truth_masks", {})(Outputs(torch.zeros(0), ours, iou), Outputs(torch.zeros(0)), truth_context(truth, 2, [True, False]))
+    found = points.build("objective", "truth_masks", {})(Outputs(torch.zeros(0), ours, iou), Outputs(torch.zeros(0)), truth_context(truth, 2, [True, False]))
     assert found[0].item() == pytest.approx(0.1, abs=1e-4), "right mask; 0.9 predicted where 1.0 is true"
     assert found[1].item() > 20 * 0.25 * 20, "mask 0, wrong everywhere: focal 0.25 x 30 and dice, and its IoU of 0 is predicted rightly"
     found[1].backward()
@@ -125,18 +125,12 @@ def test_point_masks__by_hand() -> None:
     ours = torch.zeros(1, 4, 2, 2)
     ours[:, 3] = 40.0
     for several, wanted in ((0.0, 20 * np.log(2) + 1 - (2 * 8 + 1) / (8 + 16 + 1)), (1.0, 0.0)):
-        one = objectives.build("point_masks", {"side": 4, "several": several})
+        one = points.build("objective", "point_masks", {"side": 4, "several": several})
         assert one(Outputs(torch.zeros(0), ours), Outputs(torch.zeros(0)), truth_context(truth, 2, [True])).item() == pytest.approx(wanted, abs=1e-4)
 
 
 def test_objectives__unknown_names_and_options() -> None:
     with pytest.raises(UsageError, match="did you mean 'feature_mse'"):
-        objectives.build("feture_mse", {})
+        points.build("objective", "feture_mse", {})
     with pytest.raises(UsageError, match="temperature"):
-        objectives.build("prompt_masks", {"temperature": 2})
-
-
-@pytest.mark.parametrize("name", objectives.names())
-def test_objectives__say_what_they_are(name: str) -> None:
-    found = objectives.describe(name)
-    assert found["family"] and found["paper"] and set(found["needs"]) <= objectives.NEEDS and found["needs"]
+        points.build("objective", "prompt_masks", {"temperature": 2})

@@ -20,7 +20,7 @@ from edgekd.models.official_decoder import OfficialDecoder, official_component
 from edgekd.probes import KINDS, pictures, probe
 from edgekd.profiling.runner import calls
 from edgekd.runtime import official_inputs
-from edgekd.tasks.predict import predict
+from edgekd.tasks.promptable.predict import predict
 
 IMAGES = pictures(2, SIZE, np.random.default_rng(3))
 SIX = ["image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input", "orig_im_size"]

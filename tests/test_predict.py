@@ -14,8 +14,8 @@ from oracles import Oracle, TorchOracle, painted
 from edgekd.data.images import ImageError
 from edgekd.errors import UsageError
 from edgekd.protocols import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT
-from edgekd.tasks import baselines
-from edgekd.tasks.predict import build_prompts, predict, predict_file, save_mask
+from edgekd.tasks.promptable import baselines
+from edgekd.tasks.promptable.predict import build_prompts, predict, predict_file, save_mask
 
 
 @pytest.fixture

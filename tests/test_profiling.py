@@ -17,7 +17,7 @@ from edgekd.profiling.everything import profile_everything
 from edgekd.profiling.footprint import folder_bytes, peak_memory_bytes
 from edgekd.profiling.transport import Completed
 from edgekd.profiling.transport.local import Local
-from edgekd.tasks.everything import BATCH
+from edgekd.tasks.promptable.everything import BATCH
 
 
 class FakeClock:

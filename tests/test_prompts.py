@@ -17,7 +17,7 @@ from edgekd.data.prompts import (
     sample_rng,
 )
 from edgekd.protocols import ABSENT, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NEGATIVE, POSITIVE
-from edgekd.tasks.baselines import fill_box
+from edgekd.tasks.promptable.baselines import fill_box
 
 
 def rectangle(x0: int, y0: int, x1: int, y1: int, height: int = 40, width: int = 50) -> np.ndarray:

@@ -13,8 +13,8 @@ from tiny import tiny_sam
 
 from edgekd import plugins, teachers
 from edgekd.data.scenes import Scenes
-from edgekd.distillation.objectives import Context, Outputs, build, describe
 from edgekd.distillation.objectives.box_proposals import assign, iou_and_giou, loss
+from edgekd.distillation.outputs import Context, Outputs, build, describe
 from edgekd.distillation.proposals import Plan, distil_proposer, fit, recall, to_square
 from edgekd.errors import EdgekdError
 from edgekd.exporting import signature
@@ -24,10 +24,10 @@ from edgekd.parity import EXACT, Reference, failure, proposer_parity
 from edgekd.probes import pictures
 from edgekd.protocols import Session
 from edgekd.runtime import ArtifactModel
-from edgekd.tasks.everything import Settings, everything
-from edgekd.tasks.metrics import iou
-from edgekd.tasks.predictor import ModelPredictor
-from edgekd.tasks.proposing import has_proposer, propose
+from edgekd.tasks.promptable.everything import Settings, everything
+from edgekd.tasks.promptable.metrics import iou
+from edgekd.tasks.promptable.predictor import ModelPredictor
+from edgekd.tasks.promptable.proposing import has_proposer, propose
 
 
 def test_shapes_frame_and_scores() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 import numpy as np
 from oracles import Oracle, Painted
 
-from edgekd.tasks.everything import Settings, everything
-from edgekd.tasks.pseudo import pseudo_label
+from edgekd.tasks.promptable.everything import Settings, everything
+from edgekd.tasks.promptable.pseudo import pseudo_label
 
 
 def test_they_are_segment_everythings_masks() -> None:

@@ -14,8 +14,8 @@ from oracles import Empty, Oracle, Painted, by_pycocotools, coco_scene, write_co
 from edgekd.data import Subset, open_data
 from edgekd.data.joined import Joined
 from edgekd.errors import UsageError
-from edgekd.tasks.promptable import evaluate
-from edgekd.tasks.recall import UNFILTERED, EverythingRecall, instances, recall
+from edgekd.tasks.promptable.recall import UNFILTERED, EverythingRecall, instances, recall
+from edgekd.tasks.promptable.scoring import evaluate
 
 
 @pytest.mark.parametrize("seed", range(4))

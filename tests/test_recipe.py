@@ -199,7 +199,6 @@ def test_problems__a_missing_key_is_named(tmp_path: Path) -> None:
     (MINIMAL.replace("repvit_xs", "repvit_xs, image_sizes: [250]"), "multiples of 32, not 250"),
     (MINIMAL.replace("[{name: repvit_xs}]", "[{name: a}, {name: a}]"), "student 'a' is given twice"),
     (MINIMAL.replace("steps: 3", "steps: 3, prompts: {clicks: [3, 2]}"), "fewest <= most"),
-    (MINIMAL.replace("steps: 3", "steps: 3, trainable: [neck]"), "'neck' is not"),
     (MINIMAL.replace("steps: 3", "steps: 3, optimizer: sgd"), "'sgd' is not"),
     ("train: {data: ['scenes:seed=1,count=2'], steps: 3, weights: [1, 2]}\n", "2 numbers for 1 sets"),
 ])

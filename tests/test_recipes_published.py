@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from edgekd import checkpoint, recipe, students, teachers, zoo
-from edgekd.distillation import objectives, verbs
+from edgekd.distillation import points, verbs
 from edgekd.distillation.batches import Batches
+from edgekd.distillation.material import TrainingData, open_training_data
 from edgekd.distillation.trainer import StageTrainer, train_stages
 from edgekd.models.proposer import BoxProposer
 from edgekd.models.sam import Sam
@@ -51,7 +52,7 @@ def test_recipe__names_only_what_exists(name: str) -> None:
         students.parse(student.name)
     for stage in found.stages:
         for one in stage.objectives:
-            objectives.build(one.name, one.options)
+            points.build("objective", one.name, one.options)
     assert found.teacher in [*teachers.names(), *zoo.names()]
 
 
@@ -118,9 +119,9 @@ def teacher() -> Sam:
 
 
 @pytest.fixture(scope="module")
-def data(teacher: Sam, tmp_path_factory: pytest.TempPathFactory) -> verbs.TrainingData:
+def data(teacher: Sam, tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
     spare = recipe.resolve("mobile_sam_nano", ["data.extra=[]", "data.val_fraction=0"])
-    return verbs.open_training_data(spare, "scenes:seed=3,count=3,size=96", teacher, tmp_path_factory.mktemp("cache"))
+    return open_training_data(spare, "scenes:seed=3,count=3,size=96", {teacher.name: teacher}, tmp_path_factory.mktemp("cache"))
 
 
 def smallest(name: str) -> Recipe:
@@ -136,13 +137,13 @@ def smallest(name: str) -> Recipe:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_small__trains_and_the_loss_of_every_stage_falls(name: str, teacher: Sam, data: verbs.TrainingData, tmp_path: Path) -> None:
+def test_small__trains_and_the_loss_of_every_stage_falls(name: str, teacher: Sam, data: TrainingData, tmp_path: Path) -> None:
     found = smallest(name)
     student, start = verbs.new_student(found.students[0].name, found.students[0].image_sizes[0], teacher)
     assert "teacher's own decoder" in start
     for number, stage in enumerate(found.stages):
         before = fixed_loss(student, teacher, stage, data)
-        train_stages(student, teacher, [stage], lambda s: Batches(data.sources, student.preprocess, s.batch_size, s.seed), tmp_path / str(number))
+        train_stages(student, teacher, [stage], data.batches, tmp_path / str(number))
         after = fixed_loss(student, teacher, stage, data)
         assert after < 0.98 * before, f"{stage.name}: {before} -> {after}"
     path = checkpoint.save(student, tmp_path / "student.safetensors", teacher=teacher.name)
@@ -151,14 +152,15 @@ def test_small__trains_and_the_loss_of_every_stage_falls(name: str, teacher: Sam
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), student.state_dict().values(), strict=True))
 
 
-def fixed_loss(student: Sam, teacher: Sam, stage: Stage, data: verbs.TrainingData) -> float:
+def fixed_loss(student: Sam, teacher: Sam, stage: Stage, data: TrainingData) -> float:
     """The stage's loss on all images with the same prompts every time, boxes and clicks; nothing is learned."""
     batches = Batches(data.sources, student.preprocess, 3, 0)
     trainer = StageTrainer(student, teacher, stage, batches, Path("unused"))
     student.train()  # batch norms: what 8 steps leave in the running statistics says little yet
     kept = {k: v.clone() for k, v in student.state_dict().items()}
     with torch.no_grad():
-        losses = [trainer.loss(batches[0], torch.Generator().manual_seed(seed)) for seed in range(4 if trainer.loop.objectives else 1)]
+        losses = [torch.stack([loss.mean() for loss in trainer.losses(batches[0], torch.Generator().manual_seed(seed)).values()]).sum()
+                  for seed in range(4 if trainer.step_module.loop else 1)]
     student.load_state_dict(kept)
     student.eval()
     return float(torch.stack(losses).mean())

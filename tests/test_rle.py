@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from edgekd.tasks import rle
+from edgekd.tasks.promptable import rle
 
 
 @pytest.fixture

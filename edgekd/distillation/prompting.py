@@ -5,7 +5,7 @@ clicks in the region where the answer is wrong, drawn for all prompts at once. B
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,34 +16,33 @@ from torch import Tensor, nn
 
 from edgekd.distillation.batches import Batch
 from edgekd.distillation.clicks import error_click, first_prompts
-from edgekd.distillation.objectives import PER_PROMPT, Context, Objective, Outputs
+from edgekd.distillation.outputs import Context, Outputs
+from edgekd.distillation.points import Objective
 from edgekd.errors import UsageError
 from edgekd.models.sam import NUM_MASKS, Sam
 from edgekd.protocols import BOX_TOP_LEFT, POSITIVE
 from edgekd.recipe import Stage
 
-Weighted = Sequence[tuple[float, Objective]]
-
 
 class PromptLoop:
-    """The objectives on masks, as the mean over the decodes of a step.
+    """The objectives on masks, by name, each as the mean over the decodes of a step.
 
     Raises:
         UsageError: an objective needs the decoder's tokens of a teacher whose decoder is not SAM's.
     """
 
-    def __init__(self, student: Sam, teacher: Any, stage: Stage, objectives: Weighted) -> None:
+    def __init__(self, student: Sam, teacher: Any, stage: Stage, objectives: Mapping[str, Objective]) -> None:
         self.student, self.teacher, self.stage = student, teacher, stage
-        self.objectives = [(w, o) for w, o in objectives if o.needs & PER_PROMPT]
-        self.tokens = any("tokens" in o.needs for _, o in self.objectives)
+        self.objectives = dict(objectives)
+        self.tokens = any("tokens" in o.needs for o in self.objectives.values())
         if self.tokens and token_module(teacher) is None:
             raise UsageError(f"the teacher '{teacher.name}' shows no decoder tokens", where=f"stage {stage.name}",
                              hint="take the objective that needs them out; teachers with SAM's own decoder have them")
-        asked = any(getattr(o, "asks_teacher", True) for _, o in self.objectives)
+        asked = any(o.asks_teacher for o in self.objectives.values())
         self.asks_teacher = asked or (stage.decode_iters > 0 and stage.prompts.corrected_by == "teacher")
 
-    def __call__(self, ours: Outputs, theirs: Outputs, batch: Batch, context: Context) -> Tensor:
-        """A scalar. `ours` and `theirs` hold the embeddings of the batch, B images."""
+    def __call__(self, ours: Outputs, theirs: Outputs, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """Losses (B,) by objective. `ours` and `theirs` hold the embeddings of the batch, B images."""
         stage, generator = self.stage, context.generator
         assert generator is not None
         masks = batch.masks(stage.instances, generator)
@@ -53,17 +52,17 @@ class PromptLoop:
         single = ((labels == POSITIVE).sum(1) == 1) & (labels[:, 0] != BOX_TOP_LEFT)
         context = replace(context, valid_prompts=batch.valid.squeeze(1).repeat_interleave(stage.instances, 0), single=single, truth=masks)
         clicks = int(torch.randint(stage.decode_iters + 1, (), generator=generator)) if stage.random_iters else stage.decode_iters
-        losses: list[Tensor] = []
+        losses: dict[str, list[Tensor]] = {name: [] for name in self.objectives}
         last = has_last = None
         for round_ in range(clicks + 1):
             ours, theirs = self.decode(ours, theirs, points, labels, last, has_last)
-            assert ours.masks is not None
-            losses.append(sum((w * o(ours, theirs, context).mean() for w, o in self.objectives), ours.masks.new_zeros(())))
+            for name, objective in self.objectives.items():
+                losses[name].append(objective(ours, theirs, context).unflatten(0, (-1, stage.instances)).mean(1))
             if round_ < clicks:
                 answer, point, label = self.correct(ours, theirs, low, context)
                 last, has_last = answer.unsqueeze(1).clamp(-20, 20), (torch.rand(len(answer), generator=generator) < stage.mask_feedback).float()
                 points, labels = torch.cat([points, point], 1), torch.cat([labels, label], 1)
-        return torch.stack(losses).mean()
+        return {name: torch.stack(rounds).mean(0) for name, rounds in losses.items()}
 
     def first(self, masks: Tensor, low: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The first prompts of the instances, as the stage draws them."""
@@ -72,6 +71,7 @@ class PromptLoop:
 
     def decode(self, ours: Outputs, theirs: Outputs, points: Tensor, labels: Tensor, last: Tensor | None, has: Tensor | None) -> tuple[Outputs, Outputs]:
         """Both models' answers to the prompts, given in the student's frame."""
+        assert ours.embedding is not None and theirs.embedding is not None
         scale = self.teacher.preprocess.side / self.student.preprocess.side
         if self.asks_teacher:
             with torch.no_grad():

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from edgekd.data.images import Frame
 from edgekd.data.prompts import boxes_from_masks
-from edgekd.distillation.objectives import Context, Outputs
 from edgekd.distillation.objectives.box_proposals import BoxProposals, iou_and_giou
+from edgekd.distillation.outputs import Context, Outputs
 from edgekd.distillation.schedule import cosine
 from edgekd.errors import EdgekdError
 from edgekd.models.proposer import BoxProposer
 from edgekd.models.sam import Sam
 from edgekd.protocols import Dataset, Sample
-from edgekd.tasks.everything import Settings, everything
-from edgekd.tasks.predictor import ModelPredictor
+from edgekd.tasks.promptable.everything import Settings, everything
+from edgekd.tasks.promptable.predictor import ModelPredictor
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,21 @@
 """The stages of distillation as verbs of their own: cache a teacher, distil one student, train a teacher from labels."""
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgekd import checkpoint, console, students, teachers
+from edgekd import checkpoint, console, tasks, teachers
 from edgekd.checkpoint import weights_sha256
-from edgekd.data import Subset, open_data
-from edgekd.distillation.batches import Batches, Source
+from edgekd.data import open_data
+from edgekd.distillation import points
 from edgekd.distillation.cache import build_cache, open_cache
+from edgekd.distillation.checks import check_data, check_recipe
+from edgekd.distillation.material import TrainingData, load_teachers, open_training_data
 from edgekd.distillation.trainer import StageResult, train_stages
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.models.sam import Sam
-from edgekd.protocols import Dataset
 from edgekd.recipe import Recipe, Stage
-from edgekd.tasks.pseudo import pseudo_label
 from edgekd.workspace import fingerprint, run_lock, usable_folder
 
 
@@ -38,75 +36,22 @@ def verify_cache(folder: Path) -> dict[str, Any]:
     return {"cache": str(folder), "images": len(found), "shards": len(found.index["shards"]), "verified": True}
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """What students of a run learn from: `sources` for training, `held_out` photos for evaluation (never trained on)."""
-
-    sources: list[Source]
-    held_out: Dataset
-    skipped: list[str]
-    fingerprint: str
+def new_student(name: str, image_size: int, teacher: Any, task: str = "promptable_segmentation") -> tuple[Any, str]:
+    """A student of a task for this teacher, and where its weights come from."""
+    return tasks.get(task).student(name, image_size, teacher)
 
 
-def split_photos(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """Training and held-out photos: every n-th is held out. With fewer than 4 photos both are all of them."""
-    if len(dataset) < 4 or fraction <= 0:
-        return dataset, dataset
-    every = max(2, round(1 / fraction))
-    held = [i for i in range(len(dataset)) if i % every == every - 1]
-    return Subset(dataset, [i for i in range(len(dataset)) if i not in set(held)]), Subset(dataset, held)
-
-
-def open_training_data(recipe: Recipe, data: str, teacher: Sam, folder: Path) -> TrainingData:
-    """The user's photos and the recipe's extra data, each with its teacher cache under `folder` (made or completed here)."""
-    photos = open_data(data, limit=recipe.data.limit)
-    train, held_out = split_photos(photos, recipe.data.val_fraction)
-    sources = []
-    for dataset in (train, *(open_data(spec) for spec in recipe.data.extra)):
-        labelled = dataset if dataset.has_masks else pseudo_label(teacher, dataset)
-        with console.progress(len(dataset), "cache teacher") as progress:
-            made = build_cache(teacher, dataset, folder / fingerprint(dataset.fingerprint()), on_images=progress.advance)
-        sources.append(Source(labelled, made))
-    # a cache that belongs to no dataset of this run any more is of an earlier recipe or other photos
-    keep = {s.cache.folder for s in sources}
-    for stale in [f for f in folder.iterdir() if f.is_dir() and f not in keep]:
-        shutil.rmtree(stale)
-    return TrainingData(sources, held_out, photos.skipped, fingerprint([s.cache.index["fingerprint"] for s in sources]))
-
-
-def new_student(name: str, image_size: int, teacher: Sam) -> tuple[Sam, str]:
-    """A student for this teacher and where its weights come from: the shipped checkpoint when it was distilled from a teacher of the
-    same shape, else random; the prompt encoder and mask decoder are the teacher's unless the checkpoint has its own.
-
-    A teacher whose decoder is not SAM's (SAM 2 and others) has none to lend: the student's then starts from random weights too."""
-    shape = getattr(teacher, "shape", None)
-    student = students.build(name, image_size=image_size, embed_dim=teacher.embed_dim, shape=shape, preprocess=teacher.preprocess)
-    if not isinstance(teacher, Sam):
-        return student, f"random weights, the decoder's too: that of {teacher.name} is of another kind, so train it in a stage with prompts"
-    student.prompt_encoder.load_state_dict(teacher.prompt_encoder.state_dict())
-    student.mask_decoder.load_state_dict(teacher.mask_decoder.state_dict())
-    path = students.weights_path(name, image_size)
-    if path is None or checkpoint.read_meta(path).teacher != teacher.name:
-        return student, "random weights under the teacher's own decoder"
-    checkpoint.load_into(student, path)
-    return student, f"shipped checkpoint {path.name}"
-
-
-def train_student(student: Sam, teacher: Sam, stages: Sequence[Stage], data: TrainingData, folder: Path) -> list[StageResult]:
+def train_student(student: Any, teachers: Mapping[str, Any], stages: Sequence[Stage], data: TrainingData, folder: Path) -> list[StageResult]:
     """Train `student` in place through `stages` with a progress display, resuming from `folder`."""
-
-    def batches(stage: Stage) -> Batches:
-        return Batches(data.sources, student.preprocess, stage.batch_size, stage.seed)
-
     with console.progress(sum(s.steps for s in stages), f"distil {student.name}-{student.preprocess.image_size}") as progress:
-        return train_stages(student, teacher, stages, batches, usable_folder(folder),
+        return train_stages(student, teachers, stages, data.batches, usable_folder(folder),
                             on_step=lambda stage, row: progress.advance(stage=stage, loss=row["loss"]))
 
 
-def training_key(recipe: Recipe, student: Sam, teacher: Sam, data: TrainingData) -> str:
+def training_key(stages: Sequence[Stage], student: Any, teachers: Mapping[str, Any], data: TrainingData) -> str:
     """Changes with anything that the trained weights depend on."""
-    return fingerprint([[s.model_dump() for s in recipe.stages], student.name, student.preprocess.image_size, weights_sha256(student),
-                        weights_sha256(teacher), data.fingerprint])
+    return fingerprint([[s.model_dump() for s in stages], student.name, student.preprocess.image_size, weights_sha256(student),
+                        *(weights_sha256(t) for t in teachers.values()), data.fingerprint])
 
 
 def curve_summary(results: Sequence[StageResult]) -> dict[str, Any]:
@@ -122,21 +67,38 @@ def curve_summary(results: Sequence[StageResult]) -> dict[str, Any]:
 
 def distill(*, recipe: Recipe, data: str, output: Path, student: str | None = None) -> dict[str, Any]:
     """Distil one student of a recipe; the checkpoint's path, the losses and where it started."""
+    stages, task = check_recipe(recipe), tasks.get(recipe.task)
     known = {s.name: s for s in recipe.students}
     name = student or next(iter(known), None)
     if name is None:
         raise UsageError(f"recipe '{recipe.name}' has no students", hint="name one with --student")
-    size = known[name].image_sizes[0] if name in known else teachers.load(recipe.teacher).preprocess.image_size
-    teacher = teachers.load(recipe.teacher)
     with run_lock(output):
-        material = open_training_data(recipe, data, teacher, usable_folder(Path(output) / "cache"))
-        model, start = new_student(name, size, teacher)
-        key = training_key(recipe, model, teacher, material)
-        results = train_student(model, teacher, recipe.stages, material, Path(output) / "stages" / key)
+        taught = load_teachers(recipe, data, usable_folder(Path(output) / "teacher"))
+        teacher = next(iter(taught.values()))
+        material = open_training_data(recipe, data, taught, usable_folder(Path(output) / "cache"), stages)
+        check_data(stages, material)
+        size = known[name].image_sizes[0] if name in known else teacher.preprocess.image_size
+        if recipe.proposer is not None and student is None:
+            name, size = propose(recipe, teacher, material)
+        model, start = task.student(name, size, teacher)
+        key = training_key(stages, model, taught, material)
+        results = train_student(model, taught, stages, material, Path(output) / "stages" / key)
         path = checkpoint.save(model, Path(output) / f"{model.name}-{size}{checkpoint.SUFFIX}", teacher=teacher.name,
                                history={"recipe": recipe.name, "start": start, "data": data})
-    return {"checkpoint": str(path), "student": model.name, "image_size": size, "start": start, "images": sum(len(s) for s in material.sources),
+    return {"checkpoint": str(path), "student": model.name, "image_size": size, "start": start, "images": material.images,
             "skipped": material.skipped, **curve_summary(results)}
+
+
+def propose(recipe: Recipe, teacher: Any, data: TrainingData) -> tuple[str, int]:
+    """The student that the recipe's proposer ranks first."""
+    assert recipe.proposer is not None
+    task = tasks.get(recipe.task)
+    proposer = points.build("proposer", recipe.proposer.name, recipe.proposer.options)
+    candidates = [(s.name, size) for s in recipe.students for size in s.image_sizes]
+    ranked = proposer.propose(candidates, lambda name, size: task.student(name, size, teacher)[0], teacher, data.sources[0].dataset)
+    for one in ranked:
+        console.log(f"{one.student}-{one.image_size}: {one.score:.4g} ({one.reason})")
+    return ranked[0].student, ranked[0].image_size
 
 
 def train(*, recipe: Recipe, output: Path) -> dict[str, Any]:

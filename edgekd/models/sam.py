@@ -181,6 +181,16 @@ class Sam(nn.Module):
         self.proposer: nn.Module | None = None
         """Boxes from the embedding (`edgekd.models.proposer`), for "segment everything" and a click's granularity; most have none."""
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What can be trained on its own, by the names that recipes use."""
+        own: dict[str, nn.Module | None] = {"encoder": self.encoder, "prompt_encoder": self.prompt_encoder, "decoder": self.mask_decoder, "proposer": self.proposer}
+        return {name: part for name, part in own.items() if part is not None}
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, S, S) normalised -> what a photo alone gives, by name."""
+        return {"embedding": self.embed(images)}
+
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) normalised -> (B, E, F/16, F/16)."""
         return self.encoder(images)

@@ -71,6 +71,8 @@ class VitMLP(nn.Module):
 class VitBlock(nn.Module):
     """Pre-norm transformer block; attention inside windows, or over the whole image when `window` is 0."""
 
+    layout = "nhwc"
+
     def __init__(self, shape: VitShape, window: int) -> None:
         super().__init__()
         self.window = window

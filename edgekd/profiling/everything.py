@@ -16,9 +16,9 @@ from edgekd.profiling import door
 from edgekd.profiling.latency import interleave
 from edgekd.profiling.profile import ask, transport_of
 from edgekd.runtime import open_artifact
-from edgekd.tasks.everything import Settings, Work, everything, resolve_mode
-from edgekd.tasks.predictor import ModelPredictor
-from edgekd.tasks.proposing import has_proposer
+from edgekd.tasks.promptable.everything import Settings, Work, everything, resolve_mode
+from edgekd.tasks.promptable.predictor import ModelPredictor
+from edgekd.tasks.promptable.proposing import has_proposer
 
 if TYPE_CHECKING:
     from edgekd.profiling.transport import Transport

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgekd.distillation.objectives import Context, Objective, Outputs
+from edgekd.distillation.outputs import Context, Outputs
+from edgekd.distillation.points import Objective
 from edgekd.models.proposer import RANGES, SLOTS, STRIDE, places, ranges
 
 REACH = 0.25
@@ -24,7 +25,7 @@ class BoxProposals(Objective):
         beta: how much slots that are right already count less.
     """
 
-    name, family, paper = "box_proposals", "proposals", "EdgeSAM sec. 3.2.3 (arXiv 2312.06660); MobileSAMv2 (arXiv 2312.09579)"
+    name, family, paper = "box_proposals", "dense_prediction", "EdgeSAM sec. 3.2.3 (arXiv 2312.06660); MobileSAMv2 (arXiv 2312.09579)"
     needs = frozenset({"boxes"})
     asks_teacher = False
 

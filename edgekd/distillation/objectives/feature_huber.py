@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.distillation.losses import aligned, over_photo
-from edgekd.distillation.objectives import Context, Objective, Outputs
+from edgekd.distillation.outputs import Context, Outputs
+from edgekd.distillation.points import Objective
 
 
 class FeatureHuber(Objective):
@@ -24,7 +25,7 @@ class FeatureHuber(Objective):
 
     def forward(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         """embeddings (B, E, s, s) -> (B,)."""
-        ours, theirs = aligned(student.embedding, teacher.embedding)
+        ours, theirs = aligned(student["embedding"], teacher["embedding"])
         return over_photo(F.huber_loss(ours, theirs, reduction="none", delta=self.delta), context.valid)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from edgekd.distillation.losses import aligned, over_photo
-from edgekd.distillation.objectives import Context, Objective, Outputs
+from edgekd.distillation.outputs import Context, Outputs
+from edgekd.distillation.points import Objective
 
 
 class FeatureL1(Objective):
@@ -15,7 +16,7 @@ class FeatureL1(Objective):
 
     def forward(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         """embeddings (B, E, s, s) -> (B,)."""
-        ours, theirs = aligned(student.embedding, teacher.embedding)
+        ours, theirs = aligned(student["embedding"], teacher["embedding"])
         return over_photo((ours - theirs).abs(), context.valid)
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from edgekd.distillation.objectives import Context, Objective, Outputs
+from edgekd.distillation.outputs import Context, Outputs
+from edgekd.distillation.points import Objective
 
 
 class IouHead(Objective):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.distillation.losses import bce, best_answer, dice
-from edgekd.distillation.objectives import Context, Objective, Outputs
+from edgekd.distillation.outputs import Context, Outputs
+from edgekd.distillation.points import Objective
 
 
 def sample(maps: Tensor, xy: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from edgekd.distillation.losses import best_answer, dice, focal, iou, on_cells
-from edgekd.distillation.objectives import Context, Objective, Outputs
+from edgekd.distillation.outputs import Context, Outputs
+from edgekd.distillation.points import Objective
 
 
 class TruthMasks(Objective):

@@ -7,7 +7,7 @@ import numpy as np
 
 from edgekd.data.images import Frame
 from edgekd.protocols import Promptable
-from edgekd.tasks.predictor import as_array, inference
+from edgekd.tasks.promptable.predictor import as_array, inference
 
 
 def has_proposer(model: Promptable) -> bool:

@@ -20,10 +20,10 @@ import numpy as np
 from edgekd.data.prompts import Prompts, boxes_from_masks, grid_points
 from edgekd.errors import UsageError, unknown
 from edgekd.protocols import Promptable
-from edgekd.tasks import rle
-from edgekd.tasks.metrics import iou
-from edgekd.tasks.predictor import THRESHOLD, ModelPredictor
-from edgekd.tasks.proposing import has_proposer, propose
+from edgekd.tasks.promptable import rle
+from edgekd.tasks.promptable.metrics import iou
+from edgekd.tasks.promptable.predictor import THRESHOLD, ModelPredictor
+from edgekd.tasks.promptable.proposing import has_proposer, propose
 
 Mode = Literal["auto", "grid", "hierarchical", "proposals"]
 BATCH = 16
@@ -53,7 +53,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Segment:
-    """One mask: run lengths (see `edgekd.tasks.rle`), [x, y, w, h] in pixels, and the prompt it came from (a click or a box)."""
+    """One mask: run lengths (see `edgekd.tasks.promptable.rle`), [x, y, w, h] in pixels, and the prompt it came from (a click or a box)."""
 
     rle: dict[str, Any]
     bbox: list[float]

@@ -1,4 +1,4 @@
-"""Instances for photos without labels, made by the teacher itself (`edgekd.tasks.everything` on a small grid).
+"""Instances for photos without labels, made by the teacher itself (`edgekd.tasks.promptable.everything` on a small grid).
 
 An evaluation against these measures agreement with the teacher, never truth; the dataset's name and `labels` say so.
 """
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from edgekd import workspace
 from edgekd.protocols import Dataset, Promptable, Sample
-from edgekd.tasks import rle
-from edgekd.tasks.everything import Settings, everything
-from edgekd.tasks.predictor import ModelPredictor
+from edgekd.tasks.promptable import rle
+from edgekd.tasks.promptable.everything import Settings, everything
+from edgekd.tasks.promptable.predictor import ModelPredictor
 
 
 class PseudoLabelled:

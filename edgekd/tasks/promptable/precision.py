@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgekd.tasks.matching import AREAS, Matched, Matches
+from edgekd.tasks.promptable.matching import AREAS, Matched, Matches
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 
@@ -90,7 +90,7 @@ def intervals(precision: Precision, *, seed: int = 0, resamples: int = 200, leve
 
 
 def paired_interval(first: Precision, second: Precision, metric: str, *, seed: int = 0, resamples: int = 200, level: float = 0.95) -> dict[str, float]:
-    """`difference`, `low` and `high` of an AP of two models on the same photos, as `edgekd.tasks.metrics.paired_interval`.
+    """`difference`, `low` and `high` of an AP of two models on the same photos, as `edgekd.tasks.promptable.metrics.paired_interval`.
 
     Raises:
         ValueError: they are not of the same number of photos.

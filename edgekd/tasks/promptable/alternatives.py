@@ -7,8 +7,8 @@ import numpy as np
 
 from edgekd.data.prompts import Prompts
 from edgekd.errors import UsageError
-from edgekd.tasks.metrics import iou
-from edgekd.tasks.predictor import THRESHOLD, ModelPredictor, Predictor
+from edgekd.tasks.promptable.metrics import iou
+from edgekd.tasks.promptable.predictor import THRESHOLD, ModelPredictor, Predictor
 
 
 def oracle(model: Predictor, state: Any, prompts: Prompts, truth: np.ndarray, kind: str) -> dict[str, np.ndarray]:

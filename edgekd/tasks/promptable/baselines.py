@@ -18,7 +18,7 @@ from scipy import ndimage
 from edgekd.data.prompts import Prompts
 from edgekd.errors import EdgekdError, unknown
 from edgekd.protocols import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NEGATIVE, POSITIVE
-from edgekd.tasks.predictor import Masks, Predictor
+from edgekd.tasks.promptable.predictor import Masks, Predictor
 
 FRAME = 256
 RADIUS = 32

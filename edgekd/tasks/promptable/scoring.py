@@ -1,6 +1,6 @@
 """Evaluation of promptable segmentation: what a model does with boxes and clicks, in numbers that name their protocol.
 
-What there is to measure, and every number's name, stands in `edgekd.tasks.metrics.GROUPS`. Today's defaults are boxes and clicks: prompts
+What there is to measure, and every number's name, stands in `edgekd.tasks.promptable.metrics.GROUPS`. Today's defaults are boxes and clicks: prompts
 and choice of mask are EdgeSAM's (arXiv 2312.06660, sec. 4: always the first mask); further clicks carry the last answer as a mask prompt,
 as SAM's do (arXiv 2304.02643, App. A). IoU at the photo's own resolution, mean over instances.
 """
@@ -15,14 +15,14 @@ import numpy as np
 from edgekd.data.prompts import Prompts, boxes_from_masks, center_clicks, error_clicks, sample_rng
 from edgekd.errors import UsageError
 from edgekd.protocols import Dataset, Promptable, Sample
-from edgekd.tasks.alternatives import oracle
-from edgekd.tasks.interactive import MOST_CLICKS, number_of_clicks
-from edgekd.tasks.metrics import AGREEMENTS, DEFAULT_GROUPS, GROUPS, bootstrap_interval, check_groups, iou
-from edgekd.tasks.predictor import DEFAULT_RULE, Masks, Predictor, Rule, max_points, predictor
+from edgekd.tasks.promptable.alternatives import oracle
+from edgekd.tasks.promptable.interactive import MOST_CLICKS, number_of_clicks
+from edgekd.tasks.promptable.metrics import AGREEMENTS, DEFAULT_GROUPS, GROUPS, bootstrap_interval, check_groups, iou
+from edgekd.tasks.promptable.predictor import DEFAULT_RULE, Masks, Predictor, Rule, max_points, predictor
 
 if TYPE_CHECKING:
-    from edgekd.tasks.everything import Mode, Settings
-    from edgekd.tasks.recall import EverythingRecall
+    from edgekd.tasks.promptable.everything import Mode, Settings
+    from edgekd.tasks.promptable.recall import EverythingRecall
 
 MIN_AREA = 0.0005
 """Share of the photo below which an instance is left out: about 33 pixels of 256 x 256, two cells of the mask grid there."""
@@ -90,15 +90,15 @@ def evaluate(model: Promptable | Predictor, dataset: Dataset, *, metrics: Sequen
     Each photo is encoded once (segment-everything encodes it again) and each step decodes all its instances in one call.
 
     Args:
-        metrics: groups of `edgekd.tasks.metrics.GROUPS`: box, center, clicks, oracle, noc, everything.
+        metrics: groups of `edgekd.tasks.promptable.metrics.GROUPS`: box, center, clicks, oracle, noc, everything.
         teacher: asked the same boxes and centre clicks. Wrap it in `Remembered` when several candidates are evaluated.
         max_instances: at most so many an image, drawn at random by `seed` and the sample's id, so that a subset of the
             dataset asks the same questions (None: all). Segment-everything is measured against all.
         min_area: leave out instances below this share of the photo.
-        single_click_rule: see `edgekd.tasks.predictor.select`.
+        single_click_rule: see `edgekd.tasks.promptable.predictor.select`.
         feed_mask: give the logits of the last answer along with the next click, as SAM does (arXiv 2304.02643, App. A); EdgeSAM's
             evaluation does not.
-        everything_mode, everything_settings: see `edgekd.tasks.everything.everything`; without settings `edgekd.tasks.recall.SETTINGS`.
+        everything_mode, everything_settings: see `edgekd.tasks.promptable.everything.everything`; without settings `edgekd.tasks.promptable.recall.SETTINGS`.
 
     Raises:
         UsageError: the dataset has no masks, no instance is large enough, or the model cannot do what is asked for.
@@ -132,7 +132,7 @@ def evaluate(model: Promptable | Predictor, dataset: Dataset, *, metrics: Sequen
 
 
 def _segmenter(student: Predictor, mode: Mode, settings: Settings | None) -> EverythingRecall:
-    from edgekd.tasks.recall import SETTINGS, EverythingRecall
+    from edgekd.tasks.promptable.recall import SETTINGS, EverythingRecall
 
     return EverythingRecall(student, mode=mode, settings=settings or SETTINGS)
 

@@ -39,7 +39,7 @@ DETECTION = {
     "ap": "COCO's AP of masks, IoU 0.5:0.95, mean over categories", "ap50": "AP at IoU 0.5", "ap75": "AP at IoU 0.75",
     "ap_small": "AP of instances below 32² pixels", "ap_medium": "AP of instances of 32² to 96² pixels", "ap_large": "AP of instances above 96² pixels",
 }
-"""The names of `edgekd.tasks.detection`."""
+"""The names of `edgekd.tasks.promptable.detection`."""
 
 
 def check_groups(groups: Sequence[str]) -> tuple[str, ...]:

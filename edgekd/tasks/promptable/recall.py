@@ -11,10 +11,10 @@ from edgekd.data.coco import decode_segmentation
 from edgekd.data.joined import Joined
 from edgekd.errors import UsageError
 from edgekd.protocols import Dataset, Promptable, Sample
-from edgekd.tasks import rle
-from edgekd.tasks.everything import Mode, Settings, everything, resolve_mode
-from edgekd.tasks.matching import AREAS, CATEGORY, match
-from edgekd.tasks.predictor import ModelPredictor, Predictor
+from edgekd.tasks.promptable import rle
+from edgekd.tasks.promptable.everything import Mode, Settings, everything, resolve_mode
+from edgekd.tasks.promptable.matching import AREAS, CATEGORY, match
+from edgekd.tasks.promptable.predictor import ModelPredictor, Predictor
 
 AT = (10, 100, 1000)
 SETTINGS = Settings(max_masks=max(AT))

@@ -18,13 +18,13 @@ from edgekd.data import Coco, Subset
 from edgekd.data.prompts import Prompts, boxes_from_masks
 from edgekd.errors import UsageError, unknown
 from edgekd.protocols import Dataset, Promptable, Sample
-from edgekd.tasks import rle
-from edgekd.tasks.matching import CATEGORY, match
-from edgekd.tasks.metrics import DETECTION
-from edgekd.tasks.precision import Precision, intervals
-from edgekd.tasks.predictor import THRESHOLD, ModelPredictor, Predictor, Rule, predictor, select
-from edgekd.tasks.promptable import Evaluation, Progress
-from edgekd.tasks.recall import instances
+from edgekd.tasks.promptable import rle
+from edgekd.tasks.promptable.matching import CATEGORY, match
+from edgekd.tasks.promptable.metrics import DETECTION
+from edgekd.tasks.promptable.precision import Precision, intervals
+from edgekd.tasks.promptable.predictor import THRESHOLD, ModelPredictor, Predictor, Rule, predictor, select
+from edgekd.tasks.promptable.recall import instances
+from edgekd.tasks.promptable.scoring import Evaluation, Progress
 
 MOST_BOXES, MOST_BOXES_FEDERATED = 100, 300
 """Boxes a photo, the best by score: COCO's and LVIS's convention."""
@@ -43,7 +43,7 @@ class Boxes:
 
 @dataclass
 class Detection(Evaluation):
-    """An evaluation whose metrics are `edgekd.tasks.metrics.DETECTION`. `precision` holds what `precision.paired_interval` needs."""
+    """An evaluation whose metrics are `edgekd.tasks.promptable.metrics.DETECTION`. `precision` holds what `precision.paired_interval` needs."""
 
     precision: Precision | None = None
 

@@ -11,7 +11,7 @@ from PIL import Image
 from edgekd.data.images import read_image
 from edgekd.errors import UsageError
 from edgekd.protocols import Promptable
-from edgekd.tasks.everything import Everything, Mode, Segment, Settings, everything
+from edgekd.tasks.promptable.everything import Everything, Mode, Segment, Settings, everything
 from edgekd.workspace import atomic_path, write_atomic
 
 COLOURS = ((0, 158, 115), (230, 159, 0), (86, 180, 233), (204, 121, 167), (213, 94, 0), (0, 114, 178), (240, 228, 66))

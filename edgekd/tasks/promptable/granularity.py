@@ -13,9 +13,9 @@ from edgekd.data.images import Frame
 from edgekd.data.prompts import Prompts
 from edgekd.errors import UsageError
 from edgekd.protocols import ABSENT, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, POSITIVE, Promptable
-from edgekd.tasks.everything import suppress_boxes
-from edgekd.tasks.predictor import DEFAULT_RULE, Masks, ModelPredictor, Rule
-from edgekd.tasks.proposing import has_proposer, propose
+from edgekd.tasks.promptable.everything import suppress_boxes
+from edgekd.tasks.promptable.predictor import DEFAULT_RULE, Masks, ModelPredictor, Rule
+from edgekd.tasks.promptable.proposing import has_proposer, propose
 
 NEAREST = 5
 LEAST_SCORE = 0.7

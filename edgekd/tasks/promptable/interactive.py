@@ -11,8 +11,8 @@ import numpy as np
 
 from edgekd.data.prompts import Prompts, center_clicks, deepest_error
 from edgekd.protocols import ABSENT
-from edgekd.tasks.metrics import iou
-from edgekd.tasks.predictor import Masks, Predictor, max_points
+from edgekd.tasks.promptable.metrics import iou
+from edgekd.tasks.promptable.predictor import Masks, Predictor, max_points
 
 TARGETS = {"noc80": 0.8, "noc90": 0.9}
 MOST_CLICKS = 20

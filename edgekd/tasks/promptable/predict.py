@@ -12,7 +12,7 @@ from edgekd.data.images import read_image
 from edgekd.data.prompts import Prompts
 from edgekd.errors import UsageError
 from edgekd.protocols import NEGATIVE, POSITIVE, Promptable
-from edgekd.tasks.predictor import DEFAULT_RULE, Predictor, Rule, predictor
+from edgekd.tasks.promptable.predictor import DEFAULT_RULE, Predictor, Rule, predictor
 from edgekd.workspace import atomic_path
 
 Point = tuple[float, float]

@@ -1,0 +1,1 @@
+"""Which student is worth training, one file each (`edgekd.distillation.points.Proposer`)."""
