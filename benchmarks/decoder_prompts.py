@@ -25,7 +25,7 @@ from edgekd.models.sam import DecoderShape, Sam, components
 from edgekd.probes import probe
 from edgekd.profiling.latency import Call, interleave
 from edgekd.protocols import Component, Preprocess, Session
-from edgekd.runtime import official_inputs
+from edgekd.tasks.promptable.exported import official_inputs
 from edgekd.workspace import write_json
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,8 +22,8 @@ from edgekd.exporting import export_model, open_artifact
 from edgekd.measurement import Circumstances
 from edgekd.protocols import Dataset
 from edgekd.resolve import load_torch
-from edgekd.runtime import ArtifactModel
 from edgekd.tasks.promptable.everything import Everything, Settings, everything
+from edgekd.tasks.promptable.exported import ArtifactModel
 from edgekd.tasks.promptable.predictor import ModelPredictor
 from edgekd.tasks.promptable.proposing import has_proposer
 from edgekd.tasks.promptable.recall import instances, recall

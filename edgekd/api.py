@@ -21,11 +21,12 @@ from edgekd.workspace import write_atomic
 if TYPE_CHECKING:
     from edgekd.artifact import DecoderSignature
     from edgekd.protocols import Dataset
-    from edgekd.recipe import Recipe
+    from edgekd.recipe import CacheCodec, Recipe
     from edgekd.report.schema import Report
+    from edgekd.tasks.classification.predict import Classes
+    from edgekd.tasks.evaluation import Evaluation
     from edgekd.tasks.promptable.everything import Everything
     from edgekd.tasks.promptable.predict import Box, Point, Prediction
-    from edgekd.tasks.promptable.scoring import Evaluation
 
 
 def load_recipe(name: str | Path = "default", *, sets: Sequence[str] = (), teacher: str | None = None,
@@ -74,11 +75,14 @@ def _options(target: str, data: str | Path, teacher: str | None, recipe: str | P
                                     command=command or f"edgekd compress --teacher {found.teacher} --target {device.name} --data {data}")
 
 
-def cache(*, teacher: str, data: str | Path, output: Path, split: str | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Write a teacher's outputs on data to disk, sharded and resumable; says how large they are."""
+def cache(*, teacher: str, data: str | Path, output: Path, split: str | None = None, limit: int | None = None, codec: CacheCodec = "packed",
+          dry_run: bool = False) -> dict[str, Any]:
+    """Write a teacher's outputs on data to disk, sharded and resumable; says how large they are. `dry_run` only estimates size and time."""
+    if codec not in recipes.CACHE_CODECS:
+        raise unknown("codec", codec, recipes.CACHE_CODECS)
     from edgekd.distillation import verbs
 
-    return verbs.cache(teacher=teacher, data=str(data), output=Path(output), split=split, limit=limit)
+    return verbs.cache(teacher=teacher, data=str(data), output=Path(output), split=split, limit=limit, codec=codec, dry_run=dry_run)
 
 
 def verify_cache(*, folder: Path) -> dict[str, Any]:
@@ -127,22 +131,23 @@ def export(*, model: str | Path, to: Sequence[str], output: Path, scheme: str = 
     source = resolve.load_torch(model)
     photos = _calibration_data(scheme, data)
     calibration = comparing.calibrate(source, photos, limit=32) if photos is not None else None
+    examples = comparing.examples(source, photos)
     rows: list[dict[str, Any]] = []
     for format in to:
         name = exporting.candidate_id(source.name, source.preprocess.image_size, format, scheme)
         console.log(f"export {name}")
         try:
             manifest = exporting.export_model(source, Path(output) / name, format=format, scheme=scheme, teacher=resolve.teacher_of(model),
-                                              calibration=calibration, threads=threads, qdq=device.qdq(format) if device else "u8s8",
+                                              calibration=calibration, examples=examples, threads=threads, qdq=device.qdq(format) if device else "u8s8",
                                               decoder_signature=decoder_signature)
         except UsageError:
             raise
         except EdgekdError as e:
             rows.append({"format": format, "scheme": scheme, "status": "failed", "reason": str(e)})
             continue
-        decoder = manifest.components["decoder"]
+        last = list(manifest.components.values())[-1] if "decoder" not in manifest.components else manifest.components["decoder"]
         rows.append({"format": format, "scheme": scheme, "status": "ok", "id": manifest.id, "path": str(Path(output) / name), "ran_here": True,
-                     "checked": manifest.checked, "decoder_signature": manifest.decoder_signature, "size_bytes": manifest.size_bytes, "parity": decoder.parity,
+                     "checked": manifest.checked, "decoder_signature": manifest.decoder_signature, "size_bytes": manifest.size_bytes, "parity": last.parity,
                      "components": {n: {"scheme": c.scheme, "executed_precision": c.executed_precision, "parity": c.parity, "note": c.note}
                                     for n, c in manifest.components.items()}})
     return {"exports": rows}
@@ -194,46 +199,35 @@ def evaluate(*, model: str | Path, data: str | Path, split: str | None = None, t
         everything_mode: of the group `everything` (see `everything`).
         images: where the photos of a COCO or LVIS json are, when not beside it.
     """
-    from edgekd import resolve
-    from edgekd.tasks.promptable import detection, scoring
-    from edgekd.tasks.promptable.metrics import DEFAULT_GROUPS, check_groups
-
-    groups = check_groups(DEFAULT_GROUPS if metrics is None else metrics)
-    if boxes is not None and metrics is not None:
-        raise UsageError("boxes give AP and nothing else", hint="leave out --metrics, or --boxes")
-
-    asked = resolve.load_model(model, threads=threads)
-    name = teacher or resolve.teacher_of(model)
-    reference = resolve.load_model(name) if name is not None else None
-    dataset = open_labelled(data, split=split, limit=limit, teacher=reference, images=images)
-    most = scoring.MAX_INSTANCES if max_instances is None else max_instances
-    with console.progress(len(dataset), f"evaluate {asked.name}") as progress:
-        if boxes is not None:
-            return detection.detection_ap(asked, dataset, boxes=None if boxes == "truth" else boxes, progress=progress)
-        return scoring.evaluate(asked, dataset, metrics=groups, teacher=reference, max_instances=most, progress=progress,
-                                   everything_mode=everything_mode)  # type: ignore[arg-type]
-
-
-def open_labelled(data: str | Path, *, split: str | None = None, limit: int | None = None, teacher: Any = None,
-                  images: str | Path | None = None) -> Dataset:
-    """Data with masks; photos without any are labelled by the teacher, when there is one, and their name says so."""
+    from edgekd import plugins, resolve
     from edgekd.data import open_data
+    from edgekd.tasks.promptable.metrics import check_groups
 
+    if metrics is not None:
+        check_groups(metrics)  # before anything is loaded
+    given: dict[str, Any] = {"metrics": metrics, "boxes": boxes, "max_instances": max_instances,
+                             "everything_mode": everything_mode if everything_mode != "auto" else None}
+    asked = resolve.load_model(model, threads=threads)
+    task, name = plugins.task_of(asked), teacher or resolve.teacher_of(model)
+    reference = resolve.load_model(name, task=task.name) if name is not None else None
     dataset = open_data(data, split=split, limit=limit, images=images)
-    if dataset.has_masks or teacher is None:
-        return dataset
-    from edgekd.tasks.promptable.pseudo import pseudo_label
-
-    return pseudo_label(teacher, dataset)
+    with console.progress(len(dataset), f"evaluate {asked.name}") as progress:
+        return task.evaluate(asked, dataset, teacher=reference, progress=progress, **{k: v for k, v in given.items() if v is not None})
 
 
-def predict(*, model: str | Path, image: str | Path, output: Path, points: Sequence[Point] = (), labels: Sequence[int] | None = None,
-            box: Box | None = None, threads: int | None = None) -> Prediction:
-    """Segment what a prompt means on one photo and write the mask as a PNG of the photo's size."""
-    from edgekd import resolve
-    from edgekd.tasks.promptable.predict import predict_file
+def predict(*, model: str | Path, image: str | Path, output: Path | None = None, points: Sequence[Point] = (), labels: Sequence[int] | None = None,
+            box: Box | None = None, threads: int | None = None) -> Prediction | Classes:
+    """Segment what a prompt means on one photo and write the mask as a PNG of the photo's size; of a classifier, the classes it finds likeliest
+    (written as JSON where there is an `output`).
 
-    return predict_file(resolve.load_model(model, threads=threads), image, output, points=points, labels=labels, box=box)
+    Raises:
+        UsageError: a wrong prompt, or one for a model that takes none.
+    """
+    from edgekd import plugins, resolve
+
+    found = resolve.load_model(model, threads=threads)
+    prompt: dict[str, Any] = {"points": points, "labels": labels, "box": box}
+    return plugins.task_of(found).predict(found, Path(image), output, **{k: v for k, v in prompt.items() if v is not None and len(v)})
 
 
 def everything(*, model: str | Path, image: str | Path, output: Path, mode: str = "auto", points_per_side: int | None = None,

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from edgekd.errors import EdgekdError
-from edgekd.protocols import Preprocess
+from edgekd.protocols import PROMPTABLE, Preprocess
 from edgekd.workspace import sha256, write_json
 
 SCHEMA: Final = "edgekd.artifact/1"
@@ -67,25 +67,28 @@ class ArtifactComponent(_Model):
 
 
 class PreprocessSpec(_Model):
-    """Photo -> input: long side to `image_size`, normalise (RGB in 0..255), pad right and bottom; or stretched to fill the square.
+    """Photo -> input: long side to `image_size`, normalise (RGB in 0..255), pad right and bottom; or stretched to fill the square; or the middle
+    square whose side is `crop` of the photo's short side, resized.
 
     Points, boxes and masks are in a square of `prompt_size`, which is `image_size` when it is null."""
 
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    pad: Literal["right_bottom_zero", "stretch"] = "right_bottom_zero"
+    pad: Literal["right_bottom_zero", "stretch", "crop"] = "right_bottom_zero"
     prompt_size: int | None = None
+    crop: float | None = None
 
     @classmethod
     def of(cls, spec: Preprocess) -> PreprocessSpec:
         """What the manifest says of a model's preprocessing."""
         return cls(image_size=spec.image_size, mean=spec.mean, std=spec.std, prompt_size=spec.prompt_size,
-                   pad="stretch" if spec.fit == "stretch" else "right_bottom_zero")
+                   pad="right_bottom_zero" if spec.fit == "pad" else spec.fit, crop=spec.crop if spec.fit == "crop" else None)
 
     def to_preprocess(self) -> Preprocess:
         """The way back."""
-        return Preprocess(self.image_size, self.mean, self.std, "stretch" if self.pad == "stretch" else "pad", self.prompt_size)
+        fit: Literal["pad", "stretch", "crop"] = "pad" if self.pad == "right_bottom_zero" else self.pad
+        return Preprocess(self.image_size, self.mean, self.std, fit, self.prompt_size, Preprocess.crop if self.crop is None else self.crop)
 
 
 class Manifest(_Model):
@@ -95,7 +98,9 @@ class Manifest(_Model):
     id: str
     student: str
     teacher: str | None = None
-    task: str = "promptable_segmentation"
+    task: str = PROMPTABLE
+    labels: list[str] = []
+    """Names of a classifier's classes in their order; none where they are not known."""
     image_size: int
     embed_dim: int
     format: str

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from edgekd import plugins
 from edgekd.errors import EdgekdError
+from edgekd.protocols import PROMPTABLE, Preprocess
 from edgekd.workspace import atomic_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from edgekd.models.sam import Sam
 
 SCHEMA: Literal["edgekd.checkpoint/1"] = "edgekd.checkpoint/1"
 HEADER = "edgekd"
@@ -32,32 +31,42 @@ class Meta(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     schema_: Literal["edgekd.checkpoint/1"] = SCHEMA
+    task: str = PROMPTABLE
     kind: Literal["student", "teacher"]
     name: str
     teacher: str | None = None
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    fit: Literal["pad", "stretch"] = "pad"
+    fit: Literal["pad", "stretch", "crop"] = "pad"
     prompt_size: int | None = None
+    crop: float = Preprocess.crop
     shape: dict[str, int]
-    """Sizes of the prompt encoder and mask decoder (`edgekd.models.sam.DecoderShape`)."""
+    """Sizes of what comes after the encoder: of the prompt encoder and mask decoder (`edgekd.models.sam.DecoderShape`), or of the task's head."""
     proposer: dict[str, int] | None = None
     """Sizes of the box proposer (`edgekd.models.proposer.BoxProposer`) when the model has one."""
+    labels: list[str] = []
+    """Names of a classifier's classes in their order; none where they are not known."""
     digest: str
     history: dict[str, Any] = {}
     """How it came about: recipe, stages, losses."""
 
+    @property
+    def preprocess(self) -> Preprocess:
+        """What a photo goes through before the model sees it."""
+        return Preprocess(self.image_size, self.mean, self.std, self.fit, self.prompt_size, self.crop)
 
-def save(model: Sam, path: Path, *, kind: Literal["student", "teacher"] = "student", teacher: str | None = None,
+
+def save(model: Any, path: Path, *, kind: Literal["student", "teacher"] = "student", teacher: str | None = None,
          history: dict[str, Any] | None = None) -> Path:
     """Write a model's weights and description, atomically."""
     from safetensors.torch import save_file
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     spec = model.preprocess
-    meta = Meta(kind=kind, name=model.name, teacher=teacher, image_size=spec.image_size, mean=spec.mean, std=spec.std, fit=spec.fit,
-                prompt_size=spec.prompt_size, shape=asdict(model.shape), proposer=_proposer_sizes(model), digest=digest(tensors), history=history or {})
+    task = plugins.task_of(model)
+    meta = Meta(task=task.name, kind=kind, name=model.name, teacher=teacher, image_size=spec.image_size, mean=spec.mean, std=spec.std, fit=spec.fit,
+                prompt_size=spec.prompt_size, crop=spec.crop, digest=digest(tensors), history=history or {}, **task.header(model))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temp:
@@ -123,7 +132,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load(path: Path) -> Sam:
+def load(path: Path) -> Any:
     """The model of a checkpoint, in eval mode.
 
     Raises:
@@ -132,14 +141,14 @@ def load(path: Path) -> Sam:
     return assemble(read_meta(path), load_tensors(path), path)
 
 
-def assemble(meta: Meta, tensors: dict[str, Tensor], where: Path) -> Sam:
+def assemble(meta: Meta, tensors: dict[str, Tensor], where: Path) -> Any:
     """The model that a header describes, with these weights, in eval mode. Raises EdgekdError when they do not fit."""
-    model = _build(meta)
+    model = plugins.task(meta.task).build(meta)
     _fill(model, meta, tensors, where)
     return model.eval()
 
 
-def load_into(model: Sam, path: Path) -> None:
+def load_into(model: Any, path: Path) -> None:
     """Fill a model of the same shape from a checkpoint, every key accounted for. A proposer that only the checkpoint has is added.
 
     Raises:
@@ -148,7 +157,7 @@ def load_into(model: Sam, path: Path) -> None:
     _fill(model, read_meta(path), load_tensors(path), path)
 
 
-def _fill(model: Sam, meta: Meta, tensors: dict[str, Tensor], where: Path) -> None:
+def _fill(model: Any, meta: Meta, tensors: dict[str, Tensor], where: Path) -> None:
     _add_proposer(model, meta)
     own = model.state_dict()
     wrong = [f"missing {k}" for k in own if k not in tensors] + [f"unknown {k}" for k in tensors if k not in own]
@@ -163,32 +172,7 @@ def _fill(model: Sam, meta: Meta, tensors: dict[str, Tensor], where: Path) -> No
         model.load_state_dict(tensors)
 
 
-def _build(meta: Meta) -> Sam:
-    """The untrained model that a header describes."""
-    from edgekd.models.sam import DecoderShape
-    from edgekd.protocols import Preprocess
-
-    preprocess = Preprocess(meta.image_size, meta.mean, meta.std, meta.fit, meta.prompt_size)
-    if meta.kind == "teacher":
-        from edgekd import teachers, zoo
-
-        if meta.name in zoo.SPECS:
-            return zoo.build(meta.name, device="meta", image_size=meta.image_size)
-        return teachers.build(meta.name)
-    from edgekd import students
-
-    sizes: dict[str, Any] = dict(meta.shape)
-    return students.build(meta.name, image_size=meta.image_size, shape=DecoderShape(**sizes), preprocess=preprocess)
-
-
-def _proposer_sizes(model: Sam) -> dict[str, int] | None:
-    from edgekd.models.proposer import BoxProposer
-
-    found = model.proposer
-    return {"embed_dim": found.embed_dim, "width": found.width, "depth": found.depth} if isinstance(found, BoxProposer) else None
-
-
-def _add_proposer(model: Sam, meta: Meta) -> None:
+def _add_proposer(model: Any, meta: Meta) -> None:
     """Give the model the proposer that a header describes, where it has none yet."""
     if meta.proposer is not None and model.proposer is None:
         from edgekd.models.proposer import BoxProposer

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import console, exporting, plugins, resolve
-from edgekd.data import Subset, open_data
+from edgekd.data import open_data
 from edgekd.decision import RULES
 from edgekd.errors import UsageError
 from edgekd.profiling import profile_many
@@ -15,33 +15,29 @@ from edgekd.quantization import schemes
 from edgekd.quantization.calibration import DecoderCalibration, EncoderCalibration
 from edgekd.recipe import REFERENCE_SCHEME
 from edgekd.runtime import open_artifact
-from edgekd.tasks.promptable import scoring
-from edgekd.tasks.promptable.pseudo import pseudo_label
 from edgekd.workspace import usable_folder
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from edgekd.artifact import Manifest
-    from edgekd.models.sam import Sam
     from edgekd.protocols import Dataset
     from edgekd.target import Target
 
-PHOTOS = 8
-"""Photos that the masks are compared on."""
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """A precision relative to fp32: `size_ratio` and `latency_ratio` below 1 are gains, `miou_drop` (0..1) is what it costs.
+    """A precision relative to fp32: `size_ratio` and `latency_ratio` below 1 are gains, `drop` (0..1) is what it costs in `metric`.
     What could not be measured is None."""
 
     size_ratio: float
     latency_ratio: float | None
-    miou_drop: float | None
+    drop: float | None
+    metric: str = "miou"
 
     def verdict(self) -> tuple[str, str]:
         """`accepted`, `rejected`, or `unverified` where latency cannot be measured; and why, in words."""
-        if self.miou_drop is not None and self.miou_drop > RULES.parent_drop:
-            return "rejected", f"it loses {self.miou_drop:.3f} of mask IoU to fp32, more than {RULES.parent_drop:g}"
+        if self.drop is not None and self.drop > RULES.parent_drop:
+            return "rejected", f"it loses {self.drop:.3f} of its {self.metric} to fp32, more than {RULES.parent_drop:g}"
         if self.latency_ratio is None:
             return "unverified", f"{self.size_ratio:.2f} of the size; its latency cannot be measured from here"
         if self.latency_ratio > 1 - RULES.faster:
@@ -50,7 +46,7 @@ class Comparison:
 
 
 def quantize(model: str | Path, *, scheme: str, format: str, target: Target, data: str | Path | None, output: Path, limit: int) -> dict[str, Any]:
-    """Export in fp32 and in `scheme` below `output`, measure both in turns, compare their masks on the photos.
+    """Export in fp32 and in `scheme` below `output`, measure both in turns, compare what they answer on the photos.
 
     Raises:
         UsageError: unknown names, a scheme that the target does not run in this format, or no calibration images.
@@ -66,7 +62,7 @@ def quantize(model: str | Path, *, scheme: str, format: str, target: Target, dat
         console.log(f"export {name}")
         calibration = calibrate(source, dataset, limit=limit) if dataset is not None and schemes.get(each).looks_at_inputs else None
         manifests.append(exporting.export_model(source, folder / name, format=format, scheme=each, teacher=teacher, calibration=calibration,
-                                                qdq=target.qdq(format)))
+                                                examples=examples(source, dataset), qdq=target.qdq(format)))
     return _report(manifests[0], manifests[-1], folder, target, source, dataset)
 
 
@@ -81,23 +77,23 @@ def check_runs(scheme: str, format: str, target: Target) -> None:
         raise UsageError(f"target '{target.name}' cannot run scheme '{scheme}' in format '{format}'", hint=f"there it runs {', '.join(possible)}")
 
 
-def _report(reference: Manifest, found: Manifest, folder: Path, target: Target, source: Sam, dataset: Dataset | None) -> dict[str, Any]:
+def _report(reference: Manifest, found: Manifest, folder: Path, target: Target, source: Any, dataset: Dataset | None) -> dict[str, Any]:
     paths = [folder / m.id for m in (reference, found)]
     latencies: list[Any] = [None, None]
     if target.reachable:
         latencies = [p.latency_ms for p in profile_many(paths, target, memory=False)]
-    drop = None
+    task, drop = plugins.task_of(source), None
+    metric = task.compared_by
     if dataset is not None:
-        photos = pseudo_label(source, dataset if len(dataset) <= PHOTOS else Subset(dataset, range(PHOTOS)))
-        scores = [scoring.evaluate(open_artifact(path), photos).metrics["box_miou"] for path in paths]
+        scores = task.compare(source, [open_artifact(path) for path in paths], dataset)
         drop = scores[0] - scores[1]
-    compared = Comparison(found.size_bytes / reference.size_bytes, latencies[1].p50 / latencies[0].p50 if latencies[0] else None, drop)
+    compared = Comparison(found.size_bytes / reference.size_bytes, latencies[1].p50 / latencies[0].p50 if latencies[0] else None, drop, metric)
     verdict, reason = compared.verdict()
     integer = sum(n for part in found.components.values() for op, n in part.executed_ops.items() if is_integer(op))
     return {"id": found.id, "path": str(folder / found.id), "format": found.format, "scheme": found.scheme, "target": target.name,
             "size_bytes": found.size_bytes, "size_ratio": compared.size_ratio, "latency_ratio": compared.latency_ratio,
-            "latency_ms": latencies[1].model_dump(mode="json") if latencies[1] else None, "miou_drop": drop, "executed_integer_ops": integer,
-            "kept_float": {name: part.note for name, part in found.components.items() if part.note}, "verdict": verdict, "reason": reason}
+            "latency_ms": latencies[1].model_dump(mode="json") if latencies[1] else None, f"{metric}_drop": drop,
+            "executed_integer_ops": integer, "kept_float": {name: part.note for name, part in found.components.items() if part.note}, "verdict": verdict, "reason": reason}
 
 
 def is_integer(op: str) -> bool:
@@ -106,7 +102,16 @@ def is_integer(op: str) -> bool:
     return precision in ("i8", "u8") or re.match(r"QLinear(Conv|MatMul)|QGemm|QAttention|ConvInteger|MatMulInteger|DynamicQuantize(MatMul|LSTM)", kind) is not None
 
 
-def calibrate(model: Sam, dataset: Dataset, *, limit: int) -> dict[str, Any]:
+def calibrate(model: Any, dataset: Dataset, *, limit: int) -> dict[str, Any]:
     """Calibration inputs of every component, streamed from at most `limit` photos."""
-    photos = EncoderCalibration(dataset, model.preprocess, limit=limit)
-    return {"encoder": photos, "decoder": DecoderCalibration(photos, model)}
+    task, photos = plugins.task_of(model), EncoderCalibration(dataset, model.preprocess, limit=limit)
+    return {task.photo_component: photos} | ({"decoder": DecoderCalibration(photos, model)} if hasattr(model, "decode") else {})
+
+
+def examples(model: Any, dataset: Dataset | None, *, limit: int = 4) -> np.ndarray | None:
+    """(n, 3, S, S) photos for the parity check; None for promptable models, whose seeded pictures and prompts do."""
+    if dataset is None or hasattr(model, "decode"):
+        return None
+    import numpy as np
+
+    return np.concatenate([one["images"] for one in EncoderCalibration(dataset, model.preprocess, limit=limit)])

@@ -5,11 +5,14 @@ five seconds, so that a log stays readable and nothing but the document reaches 
 """
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 PLAIN_INTERVAL_S = 5.0
@@ -23,6 +26,57 @@ class Progress(Protocol):
     def advance(self, n: int = 1, **fields: object) -> None:
         """`n` more are done; `fields` (`loss=0.31`) are shown until the next call replaces them."""
         ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process of a launch (`torchrun`, `accelerate launch`) this is: `rank` of `world`, `local` on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+
+_loud = _met = False
+
+
+def place() -> Place:
+    """From what launchers set. One process alone unless all of it is there and makes sense: a shell may hold leftovers of anything."""
+    try:
+        rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        _ = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        return Place()
+    return Place(rank, world, local) if 0 <= rank < world and local >= 0 else Place()
+
+
+def one_voice(run: Callable[[], int]) -> int:
+    """Run a verb so that of several processes only the first is heard, and of another no more than the error that it ends with, if `speak`
+    was called; the first on each machine also when it fails before the processes have met."""
+    here = place()
+    if here.world > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each process of torch's repeats the same remarks
+    if here.rank == 0:
+        return run()
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        code = run()
+    if code and (_loud or (here.local == 0 and not _met)):
+        text = said.getvalue()
+        print(f"process {here.rank}: {text[max(0, text.rfind('error: ')):].rstrip()}", file=sys.stderr, flush=True)
+    return code
+
+
+def met() -> None:
+    """The processes of this launch know each other now: `speak` decides who tells an error."""
+    global _met
+    _met = True
+
+
+def speak() -> None:
+    """Let this process tell the error that it ends with."""
+    global _loud
+    _loud = True
 
 
 def plain(on: bool = True) -> None:

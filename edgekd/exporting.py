@@ -10,11 +10,11 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -25,17 +25,12 @@ from edgekd.checkpoint import weights_sha256
 from edgekd.errors import EdgekdError, UsageError, unknown
 from edgekd.measurement import cpu, installed
 from edgekd.models.fold import fold
-from edgekd.models.official_decoder import official_component
-from edgekd.models.sam import components
-from edgekd.parity import CHECKS, EXACT, LOSSY, OFFICIAL, Reference, failure, sound
-from edgekd.probes import COUNTS, KINDS, pictures, probe
-from edgekd.protocols import Component, Exporter, Session
-from edgekd.runtime import ArtifactModel, as_array, official_inputs, open_artifact
+from edgekd.parity import sound
+from edgekd.probes import pictures
+from edgekd.protocols import Component, Exporter, Reference, Session
+from edgekd.runtime import as_array, open_artifact
 
-if TYPE_CHECKING:
-    from edgekd.models.sam import Sam
-
-__all__ = ["ArtifactModel", "candidate_id", "export_model", "folded", "open_artifact"]
+__all__ = ["candidate_id", "export_model", "folded", "open_artifact"]
 
 FOLD_COSINE = 0.999999
 Calibration = Mapping[str, Iterable[Mapping[str, np.ndarray]]]
@@ -47,21 +42,22 @@ def candidate_id(student: str, image_size: int, format: str, scheme: str) -> str
 
 
 def export_model(
-    model: Sam, folder: Path, *, format: str, scheme: str, name: str | None = None, teacher: str | None = None,
+    model: Any, folder: Path, *, format: str, scheme: str, name: str | None = None, teacher: str | None = None,
     calibration: Calibration | None = None, examples: Any = None, threads: int | None = None, qdq: str = "u8s8", gate: bool = True,
     decoder_signature: DecoderSignature = "batched",
 ) -> Manifest:
-    """Export a promptable model into `folder`, replacing what was there, and return its manifest.
+    """Export a model into `folder`, replacing what was there, and return its manifest.
 
     Args:
         model: the student as trained; it is not changed.
         name: the artifact's id; by default `candidate_id(...)`.
         calibration: component name -> re-iterable of inputs, for static schemes. A component without an entry stays in fp32.
             fp16 is searched for overflows on the same inputs, or on the examples.
-        examples: (n, 3, S, S) normalised images for the parity check; by default two seeded pictures.
+        examples: (n, 3, S, S) normalised images for the parity check; by default seeded pictures.
         threads: of the sessions that parity runs on.
         qdq: the activation style of the target, `u8s8` or `s8s8_symmetric`.
-        decoder_signature: `batched` (many prompts in a call) or `sam` (the six inputs of segment-anything's export, one prompt a call).
+        decoder_signature: of a promptable model: `batched` (many prompts in a call) or `sam` (the six inputs of segment-anything's export, one
+            prompt a call).
         gate: False records parity without failing on it (untrained students, exported for their latency).
 
     Raises:
@@ -73,47 +69,43 @@ def export_model(
         raise unknown("decoder signature", decoder_signature, get_args(DecoderSignature))
     if scheme.endswith("_static") and not calibration:
         raise UsageError(f"{scheme} needs calibration images", hint="give a folder of images with --data")
-    size = model.preprocess.image_size
+    task, size = plugins.task_of(model), model.preprocess.image_size
     images = as_array(examples) if examples is not None and len(examples) else pictures(2, size, np.random.default_rng(0))
     student = folded(model, images[:1])
-    official = decoder_signature == "sam"
-    job = _Job(exporter, scheme, calibration or {}, threads, qdq, gate, Reference(student, images[:4]), OFFICIAL if official else CHECKS)
-    exported = components(student) | ({"decoder": official_component(student)} if official else {})
+    reference = task.reference(student, images[:4], decoder_signature)
+    job = _Job(exporter, scheme, calibration or {}, threads, qdq, gate, reference)
     folder = Path(folder)
     with _staged(folder) as staging:
-        parts = {part.name: job.export(part, staging) for part in exported.values()}
+        parts = {part.name: job.export(part, staging) for part in task.components(student, decoder_signature).values()}
         _refuse_unchanged(parts, format, scheme)
         files = [file for part in parts.values() for file in part.files]
         manifest = Manifest(
-            id=name or candidate_id(model.name, size, format, scheme), student=model.name, teacher=teacher, image_size=size,
-            embed_dim=model.embed_dim, format=format, scheme=scheme, decoder_signature=decoder_signature, components=parts, files=describe_files(staging, files),
-            preprocess=PreprocessSpec.of(model.preprocess), versions=installed(),
+            id=name or candidate_id(model.name, size, format, scheme), student=model.name, teacher=teacher, task=task.name, image_size=size,
+            labels=list(getattr(model, "labels", ())), embed_dim=model.embed_dim, format=format, scheme=scheme, decoder_signature=decoder_signature,
+            components=parts, files=describe_files(staging, files), preprocess=PreprocessSpec.of(model.preprocess), versions=installed(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"), source_sha256=weights_sha256(model),
-            checked=f"ran here ({cpu()[0]}, {exporter.availability().version}): parity on {', '.join(KINDS)} prompts, {', '.join(map(str, COUNTS))} at a time")
+            checked=f"ran here ({cpu()[0]}, {exporter.availability().version}): {reference.checked()}")
         manifest.save(staging)
     return manifest
 
 
-def folded(model: Sam, images: Any) -> Sam:
+def folded(model: Any, images: Any) -> Any:
     """The deploy form of a model in eval mode, after checking that it computes the same for `images` (B, 3, S, S).
 
     Raises:
         EdgekdError: the folded form differs (cosine below 0.999999).
     """
-    training, deploy = model.training, fold(model).eval()
+    training, deploy, task = model.training, fold(model).eval(), plugins.task_of(model)
     model.eval()
     try:
         batch = torch.from_numpy(as_array(images))
-        prompts = probe("points", 2, model.preprocess.side, np.random.default_rng(0))
-        points, labels = torch.from_numpy(prompts.points), torch.from_numpy(prompts.labels)
         with torch.no_grad():
-            pairs = [(model.embed(batch), deploy.embed(batch))]
-            pairs.append((model.decode(pairs[0][0][:1], points, labels)[0], deploy.decode(pairs[0][1][:1], points, labels)[0]))
+            before, after = task.answers(model, batch), task.answers(deploy, batch)
     finally:
         model.train(training)
-    for what, (a, b) in zip(("embedding", "masks"), pairs, strict=True):
+    for what, a in before.items():
         sound(model.name, what, as_array(a))
-        cosine = float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+        cosine = float(torch.nn.functional.cosine_similarity(a.double().flatten(), after[what].double().flatten(), dim=0))
         if not cosine >= FOLD_COSINE:
             raise EdgekdError(f"folding changes the model: cosine of the {what} is {cosine:.7f}, below {FOLD_COSINE}", where=model.name,
                               hint="a block's fold() does not compute what its forward() does in eval mode")
@@ -131,7 +123,6 @@ class _Job:
     qdq: str
     gate: bool
     reference: Reference
-    checks: Mapping[str, Callable[[Session, Reference], dict[str, Any]]]
 
     def export(self, part: Component, staging: Path) -> ArtifactComponent:
         """One component in the scheme asked for, or in fp32 with the reason when the scheme does not take it."""
@@ -163,28 +154,14 @@ class _Job:
         given = self.calibration.get(part.name)
         if given is None:
             return self.reference.samples(part) if scheme == "fp16" else None
-        return _OnePromptEach(given) if "orig_im_size" in part.example else given
+        return self.reference.adapt(part, given)
 
     def _compare(self, part: Component, session: Session, scheme: str) -> dict[str, Any]:
-        limits = EXACT if scheme == "fp32" else LOSSY[part.name]
-        parity = self.checks[part.name](session, self.reference)
-        reason = failure(parity, limits)
+        parity, reason = self.reference.compare(part, session, scheme)
         if reason and (self.gate or not parity["finite"]):
             raise EdgekdError(f"the exported {part.name} is not the student any more in {scheme}: {reason}", where=self.exporter.format,
                               hint="try another format or scheme; the file was not kept")
-        return parity | {"passed": reason is None, "limits": {"max_relative": limits.max_relative if scheme == "fp32" else None,
-                                                              "max_abs": limits.max_abs if scheme == "fp32" else None, "min_mask_iou": limits.min_mask_iou}}
-
-
-class _OnePromptEach:
-    """Calibration inputs of the batched decoder, as SAM's own signature takes them: one prompt a sample. Re-iterable."""
-
-    def __init__(self, samples: Iterable[Mapping[str, np.ndarray]]) -> None:
-        self._samples = samples
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        for s in self._samples:
-            yield from official_inputs(s["image_embeddings"], s["point_coords"], s["point_labels"], s["mask_input"], s["has_mask"])
+        return parity | {"passed": reason is None}
 
 
 def signature(part: Component) -> tuple[list[Tensor], list[Tensor]]:

@@ -5,8 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd import artifact, checkpoint, zoo
+from edgekd import artifact, checkpoint, tasks, zoo
 from edgekd.errors import EdgekdError, UsageError, unknown
+from edgekd.protocols import PROMPTABLE
 from edgekd.workspace import sha256
 from edgekd.zoo import files, loading
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgekd.models.sam import Sam
+    from edgekd.protocols import Task
 
 
 def inspect(reference: str | Path, *, strict: bool = False) -> dict[str, Any]:
@@ -55,6 +57,8 @@ def _name(name: str) -> dict[str, Any]:
             model = teachers.build(name).eval()
         return {"name": name, **_facts(model), **{k: v for k, v in teachers.describe(name).items() if k in ("family", "weights")},
                 "licence": teachers.licence(name), "problems": []}
+    if (task := tasks.knowing(name)) is not None:
+        return _of_task(task, name)
     try:
         parsed = students.parse(name)
     except UsageError as e:
@@ -65,6 +69,12 @@ def _name(name: str) -> dict[str, Any]:
         model = students.build(str(parsed)).eval()
     about = students.describe(str(parsed))
     return {"name": str(parsed), "family": about["family"], **_facts(model), "paper": about["paper"], "problems": []}
+
+
+def _of_task(task: Task, reference: str) -> dict[str, Any]:
+    """A teacher of a task that has its models from elsewhere; it is loaded."""
+    model = task.teacher(reference)
+    return {"name": model.name, "family": task.name, **_parts(model), "problems": []}
 
 
 def _published(spec: zoo.Spec) -> dict[str, Any]:
@@ -100,7 +110,8 @@ def _foreign(path: Path) -> dict[str, Any] | None:
         return None
     from edgekd.teachers import foreign
 
-    known = kind in foreign.MODEL_TYPES
+    task = tasks.knowing(str(path))
+    known = kind in foreign.MODEL_TYPES or (task is not None and task.name != PROMPTABLE)
     parts = sorted(p for p in path.iterdir() if p.suffix in files.SUFFIXES)
     return {"name": path.name, "family": kind, "variant": None, "layout": "transformers", "file": _file_facts(path, parts),
             "problems": [] if known else [f"a model of type '{kind}' cannot be a teacher; types that can: sam, {', '.join(sorted(foreign.MODEL_TYPES))}"]}
@@ -117,7 +128,7 @@ def _ours(path: Path) -> dict[str, Any]:
         raise UsageError(e.what, where=e.where, hint=e.hint) from e
     spec = zoo.SPECS.get(meta.name)
     return {"name": meta.name, "family": spec.family if spec else meta.kind, "variant": spec.variant if spec else None, "layout": "edgekd",
-            "file": _file_facts(path, [path]), **_facts(model), "tensors": len(tensors), "dtype": _dtypes(tensors), "teacher": meta.teacher,
+            "file": _file_facts(path, [path]), **(_facts(model) if meta.task == PROMPTABLE else _parts(model)), "task": meta.task, "tensors": len(tensors), "dtype": _dtypes(tensors), "teacher": meta.teacher,
             "history": meta.history, "licence": spec.licence if spec else None, "problems": []}
 
 
@@ -128,6 +139,19 @@ def _artifact(folder: Path) -> dict[str, Any]:
             "file": {"path": str(folder), "size_bytes": manifest.size_bytes, "sha256": None}, "preprocess": manifest.preprocess.model_dump(),
             "components": {n: {"file": c.file, "scheme": c.scheme, "executed_precision": c.executed_precision} for n, c in manifest.components.items()},
             "teacher": manifest.teacher, "problems": []}
+
+
+def _parts(model: Any) -> dict[str, Any]:
+    """Parameters of each part, GMACs of the whole at batch 1, and preprocessing, for models whose only input are photos."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    side = model.preprocess.image_size
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        found = model.outputs(torch.zeros(1, 3, side, side))
+    parts = getattr(model, "parts", {"encoder": model})
+    return {**{name: {"params": sum(p.numel() for p in part.parameters())} for name, part in parts.items()}, "gmacs": round(counted.get_total_flops() / 2e9, 3),
+            "outputs": {name: list(x.shape[1:]) for name, x in found.items()}, "preprocess": asdict(model.preprocess), "tensors": len(model.state_dict())}
 
 
 def _facts(model: Sam) -> dict[str, Any]:

@@ -104,4 +104,4 @@ def _image_gmacs(stage: Stage, encoder: float, side: int) -> float:
     """What one image of a step costs: backward is twice the forward, and a frozen encoder has none."""
     prompted = any(o.name in registry("objective") and registry("objective")[o.name].needs & PER_PROMPT for o in stage.objectives)
     decodes = (stage.decode_iters + 1) * stage.instances if prompted else 0
-    return (3 if "encoder" in stage.trainable else 1) * encoder + decodes * DECODE_GMACS * (side / 256) ** 2
+    return (3 if any(name.startswith("encoder") for name in stage.trainable) else 1) * encoder + decodes * DECODE_GMACS * (side / 256) ** 2

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgekd import console
 from edgekd.errors import EdgekdError, unknown
+from edgekd.protocols import PROMPTABLE
 
 if TYPE_CHECKING:
-    from edgekd.protocols import Exporter
+    from edgekd.protocols import Exporter, Task
 
 EXPORTER_FACTS = ("format", "suffix", "extra", "schemes", "availability", "export", "open")
 
@@ -104,6 +105,20 @@ def schemes() -> dict[str, list[str]]:
         for scheme in one.schemes:
             found.setdefault(scheme, []).append(name)
     return found
+
+
+def task(name: str) -> Task:
+    """A task by its name. Checkpoints, artifacts and verbs reach a task this way only, so that none of them depends on any.
+
+    Raises:
+        UsageError: no such task, with the nearest name.
+    """
+    return importlib.import_module("edgekd.tasks").get(name)
+
+
+def task_of(model: Any) -> Task:
+    """The task of a model, which names it; those that do not are promptable."""
+    return task(getattr(model, "task", PROMPTABLE))
 
 
 def yaml_files(package: str) -> dict[str, Traversable]:

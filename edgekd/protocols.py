@@ -4,7 +4,7 @@ Everything here is structural (`typing.Protocol`): a plug-in needs no base class
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -23,15 +23,18 @@ NEGATIVE, POSITIVE, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT, NOT_A_POINT, ABSENT = 0, 1, 
 class Preprocess:
     """Photo -> model input: long side to `image_size` (bilinear), normalise, pad right and bottom with zeros.
 
-    `mean` and `std` are for RGB in 0..255. `fit` "stretch" fills the square instead of padding (EfficientSAM).
+    `mean` and `std` are for RGB in 0..255. `fit` "stretch" fills the square instead of padding (EfficientSAM), "crop" fills it with the
+    middle of the photo, `crop` of its short side (classifiers).
     """
 
     image_size: int
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    fit: Literal["pad", "stretch"] = "pad"
+    fit: Literal["pad", "stretch", "crop"] = "pad"
     prompt_size: int | None = None
     """Side of the square that prompts are given in; None: `image_size`. EfficientViT-SAM sees 512 px and is prompted in 1024."""
+    crop: float = 0.875
+    """Share of the short side that is seen with `fit` "crop"."""
 
     @property
     def side(self) -> int:
@@ -41,16 +44,20 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a dataset. `image` (H, W, 3) uint8 RGB; `masks` (K, H, W) bool or None when unlabelled."""
+    """One image of a dataset. `image` (H, W, 3) uint8 RGB; `masks` (K, H, W) bool or None when unlabelled; `label`, the number of its class, or None."""
 
     id: str
     image: np.ndarray
     masks: np.ndarray | None = None
+    label: int | None = None
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Images with or without instance masks, in a fixed order."""
+    """Images with or without instance masks, in a fixed order.
+
+    Data with classes of whole photos also has `has_classes`, `classes_of(index) -> int | None`, which reads no pixels, and `class_names`.
+    """
 
     name: str
     skipped: list[str]
@@ -92,12 +99,17 @@ class Promptable(Protocol):
         ...
 
 
+PROMPTABLE = "promptable_segmentation"
+"""The task of models and files that name none."""
+
+
 @runtime_checkable
 class Task(Protocol):
     """What a model is made to do: one folder `edgekd/tasks/<task>/` with a module-level `task`.
 
-    Its models are modules with `name`, `preprocess`, `encoder`, `parts` (name -> module that a stage can train) and
-    `outputs(images) -> {name: tensor}`, of the names in `edgekd.distillation.outputs.FEATURES`.
+    Its models are modules with `task` (this one's name), `name`, `preprocess`, `embed_dim`, `encoder`, `parts` (name -> module that a stage can
+    train) and `outputs(images) -> {name: tensor}`, of the names in `edgekd.distillation.outputs.FEATURES`. Everything that differs from task to
+    task is asked here: the verbs know none of them by name.
     """
 
     name: str
@@ -108,6 +120,18 @@ class Task(Protocol):
     parts: tuple[str, ...]
     """Parts of a student that a stage can train."""
 
+    photo_component: str
+    """The exported part that takes photos as its only input, `images` (1, 3, S, S)."""
+
+    compared_by: str
+    """The accuracy that a precision is judged by: `miou`."""
+
+    # --- models
+
+    def knows(self, reference: str) -> bool:
+        """Whether a name, folder or id is a teacher of this task, told from its form and, of a folder, its description. Loads nothing."""
+        ...
+
     def teacher(self, name: str) -> Any:
         """A frozen teacher in eval mode, by name, file, folder or hub id."""
         ...
@@ -116,8 +140,74 @@ class Task(Protocol):
         """An untrained or pretrained student for this teacher, and where its weights come from."""
         ...
 
+    def student_name(self, name: str) -> str:
+        """The canonical spelling of a student's name. Raises UsageError when there is none such."""
+        ...
+
     def labelled(self, dataset: Dataset, teacher: Any) -> Dataset:
         """The data with what this task's objectives learn from: its own labels, or the teacher's."""
+        ...
+
+    # --- checkpoints
+
+    def header(self, model: Any) -> dict[str, Any]:
+        """What the header of a checkpoint says of a model beside its name and preprocessing (fields of `edgekd.checkpoint.Meta`)."""
+        ...
+
+    def build(self, meta: Any) -> Any:
+        """The untrained model that such a header describes."""
+        ...
+
+    # --- artifacts
+
+    def components(self, model: Any, signature: str = "batched") -> dict[str, Component]:
+        """The parts of a model in eval mode that are exported and profiled on their own. `signature`: see `edgekd.artifact.DecoderSignature`."""
+        ...
+
+    def answers(self, model: Any, images: Any) -> dict[str, Any]:
+        """What a torch model gives for images (B, 3, S, S), by name: its training form and its deployed form must give the same."""
+        ...
+
+    def reference(self, model: Any, images: np.ndarray, signature: str = "batched") -> Reference:
+        """What exported parts are compared with: the model's own answers on images (n, 3, S, S)."""
+        ...
+
+    def open(self, folder: Path, manifest: Any, *, threads: int | None = None) -> Any:
+        """An artifact of this task on its runtime, with `calls(prompts)` for the clock. Imports no torch."""
+        ...
+
+    # --- use
+
+    def evaluate(self, model: Any, dataset: Dataset, *, teacher: Any = None, progress: Any = None, **options: Any) -> Any:
+        """Accuracy of a torch model or an artifact, with protocol and intervals (`edgekd.tasks.evaluation.Evaluation`)."""
+        ...
+
+    def predict(self, model: Any, image: Path, output: Path | None, **prompt: Any) -> Any:
+        """What a model says of one photo: an object with `document()`, its JSON form."""
+        ...
+
+    def compare(self, source: Any, models: Sequence[Any], dataset: Dataset) -> list[float]:
+        """The accuracy `compared_by`, larger is better, of several artifacts of one torch model, on as many photos as it takes to tell them apart."""
+        ...
+
+
+class Reference(Protocol):
+    """A model's own answers, computed once an export, that exported parts are held against."""
+
+    def samples(self, part: Component) -> list[dict[str, np.ndarray]]:
+        """Inputs of a component for what must be seen at work before it is exported."""
+        ...
+
+    def adapt(self, part: Component, samples: Any) -> Any:
+        """Calibration inputs as the component's signature takes them."""
+        ...
+
+    def compare(self, part: Component, session: Session, scheme: str) -> tuple[dict[str, Any], str | None]:
+        """The parity report of a component (`finite` and `limits` are always in it), and why it is not the model any more, or None."""
+        ...
+
+    def checked(self) -> str:
+        """What was compared, in words for the manifest."""
         ...
 
 

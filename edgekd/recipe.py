@@ -19,6 +19,8 @@ from edgekd.errors import UsageError
 
 Fraction = float
 REFERENCE_SCHEME = "fp32"
+CacheCodec = Literal["packed", "int8", "fp16"]
+CACHE_CODECS: tuple[CacheCodec, ...] = ("packed", "int8", "fp16")
 
 
 def _names_or_auto(value: Any) -> Any:
@@ -54,6 +56,11 @@ class DataSection(Settings):
     """The first so many photos only."""
     val_fraction: Fraction = Field(default=0.25, ge=0, lt=1)
     """Share of the photos that is kept out of training and used to evaluate."""
+    shuffle_window: int | None = Field(default=None, ge=64)
+    """Photos that are shuffled together, for shards on disks that are slow at random: runs of 64 neighbours are drawn in a shuffled order, and
+    all photos of so many runs are mixed. None: every photo of an epoch with every other."""
+    cache: CacheCodec = "packed"
+    """How the teacher's maps are kept on disk: `packed` takes a quarter of fp16, `int8` half."""
 
 
 class PluginRef(Settings):
@@ -116,14 +123,20 @@ class Stage(Settings):
     """Which photos are drawn, in which view, mixed how."""
     teacher: Literal["auto", "cached", "live"] = "auto"
     """Where the teacher's outputs come from: its cache, or the teacher itself at every step. auto: the cache, unless a policy changes pixels."""
+    student: str | None = None
+    """An assistant, a student by name, that this stage trains instead of the student itself; a later stage learns from it."""
+    teacher_from: list[str] = []
+    """Assistants of earlier stages: the one that does best for its size teaches this stage, live, in place of the recipe's teacher."""
     init_from: str | None = None
     """A checkpoint of the student's shape to start this stage from; None: where the stage before it ended."""
     trainable: list[str] = Field(default=["encoder"], min_length=1)
-    """What learns: parts of the student (encoder, decoder, prompt_encoder, proposer; of a classifier encoder, head). The rest is frozen, its
-    batch norms too. A student without a box proposer gets one where it is to be trained."""
+    """What learns: parts of the student (encoder, decoder, prompt_encoder, proposer; of a classifier encoder, head), modules inside one
+    (encoder.blocks.0), or what runs between two taps (encoder[stage1:stage2], either end may be left out). The rest is frozen, its batch
+    norms too. A student without a box proposer gets one where it is to be trained."""
     steps: int = Field(ge=1)
     """Optimizer steps. From epochs: epochs x images / (batch_size x accumulate)."""
     batch_size: int = Field(default=8, ge=1)
+    """Of each process: under `torchrun --nproc-per-node 8` a step sees eight times as many photos (docs/scale.md)."""
     accumulate: int = Field(default=1, ge=1)
     """Batches whose gradients are added up for one step, where a paper's batch does not fit into memory."""
     optimizer: Literal["adamw", "adam"] = "adamw"
@@ -150,6 +163,8 @@ class Stage(Settings):
     ema: float = Field(default=0.0, ge=0, lt=1)
     frozen_norm: bool = False
     """Keep the statistics of batch norms: a dozen photos in small batches would replace what thousands of images taught them."""
+    sync_norm: bool = True
+    """On several GPUs: batch norms that learn take their statistics over the photos of all of them."""
 
 
 class Quantization(Settings):

@@ -6,20 +6,21 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from edgekd import artifact, checkpoint, plugins
+from edgekd import artifact, checkpoint, plugins, tasks
 from edgekd.errors import EdgekdError, UsageError, unknown
-
-if TYPE_CHECKING:
-    from edgekd.models.sam import Sam
+from edgekd.protocols import PROMPTABLE
 
 KINDS = ("a teacher or student (edgekd list models), a checkpoint, a published weight file (.pth, .pt, .safetensors), an artifact or run folder, "
          "baseline/disc, a Hugging Face folder or hub id, or module:factory")
 
 
-def load_model(reference: str | Path, *, threads: int | None = None) -> Any:
-    """The model that a user means, ready for `evaluate` and `predict` (a `Promptable`, or a baseline's `Predictor`).
+def load_model(reference: str | Path, *, threads: int | None = None, task: str | None = None) -> Any:
+    """The model that a user means, ready for `evaluate` and `predict` (a `Promptable`, a baseline's `Predictor`, a model of another task).
+
+    Args:
+        task: what it must be able to do, where the reference alone does not say; None: whatever it is.
 
     Raises:
         UsageError: nothing is known by that name, with the nearest name.
@@ -36,10 +37,10 @@ def load_model(reference: str | Path, *, threads: int | None = None) -> Any:
         from edgekd.runtime import open_artifact
 
         return open_artifact(folder, threads=threads)
-    return load_torch(reference)
+    return load_torch(reference, task=task)
 
 
-def load_torch(reference: str | Path) -> Sam:
+def load_torch(reference: str | Path, *, task: str | None = None) -> Any:
     """The torch model that a user means, for the verbs that export or quantize.
 
     Raises:
@@ -52,6 +53,10 @@ def load_torch(reference: str | Path) -> Sam:
     text, path = str(reference), Path(reference).expanduser()
     if checkpoint.is_checkpoint(path):
         return checkpoint.load(path)
+    if task is not None and task != PROMPTABLE:
+        return tasks.get(task).teacher(text)
+    if (knowing := tasks.knowing(text)) is not None and knowing.name != PROMPTABLE:
+        return knowing.teacher(text)
     if teachers.is_weights(text):
         return teachers.load(text)
     if path.exists():
@@ -69,11 +74,13 @@ def load_torch(reference: str | Path) -> Sam:
     if text.startswith((".", "/", "~")) or (text.endswith(SUFFIXES) and text.count("/") < 2):
         raise UsageError(f"there is no model at {text}", hint=f"a model is {KINDS}")
     if huggingface.is_hub(text):
-        return teachers.load(text)
+        brought = huggingface.locate(text, offline=huggingface.forbidden())
+        found = tasks.knowing(str(brought))
+        return teachers.load(text) if found is None else found.teacher(text)
     raise unknown("model", text, {*teachers.names(), *students.names(), *_baselines()})
 
 
-def shipped_student(name: str, image_size: int = 256) -> Sam:
+def shipped_student(name: str, image_size: int = 256) -> Any:
     """A student with the weights that come with edgekd.
 
     Raises:

@@ -29,12 +29,15 @@ def outputs(seed: int) -> Outputs:
 
 
 def feats(of: Outputs, seed: int, needs: frozenset[str]) -> Outputs:
-    """With taps: two maps, coarse last, or one attention."""
+    """With taps: two maps, coarse last, or one attention. They are made from the embedding, so that a gradient reaches it through them."""
     from dataclasses import replace
 
     g = torch.Generator().manual_seed(seed + 100)
-    maps = (torch.randn(B, E, 8, 8, generator=g), torch.randn(B, 2 * E, 4, 4, generator=g))
-    return replace(of, feats=(torch.randn(B, HEADS, TOKENS, TOKENS, generator=g).softmax(-1),) if "attention" in needs else maps)
+    assert of.embedding is not None
+    fine = torch.nn.functional.interpolate(of.embedding, (8, 8))
+    maps = (torch.randn(B, E, 8, 8, generator=g) + fine, torch.randn(B, 2 * E, 4, 4, generator=g) + of.embedding.repeat(1, 2, 1, 1))
+    scores = torch.randn(B, HEADS, TOKENS, TOKENS, generator=g) + of.embedding.flatten(2).unsqueeze(1)
+    return replace(of, feats=(scores.softmax(-1),) if "attention" in needs else maps)
 
 
 def context() -> Context:

@@ -26,8 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("zoo",),
     ("teachers",),
     ("checkpoint",),
+    ("runtime", "parity"),  # what all tasks share; they find a task by its name (plugins.task), so that a new task is a folder and no more
     ("tasks",),
-    ("runtime", "parity"),
     ("distillation", "quantization", "exporting", "profiling"),
     ("report.schema", "search", "decision"),
     ("report",),

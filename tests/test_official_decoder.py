@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from tiny import SIZE, tiny_sam
 from torch import Tensor
 
-from edgekd import parity
 from edgekd.artifact import Manifest
 from edgekd.data.images import read_image
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.exporting import export_model, open_artifact
 from edgekd.models.official_decoder import OfficialDecoder, official_component
 from edgekd.probes import KINDS, pictures, probe
-from edgekd.profiling.runner import calls
-from edgekd.runtime import official_inputs
+from edgekd.tasks.promptable import parity
+from edgekd.tasks.promptable.exported import official_inputs
 from edgekd.tasks.promptable.predict import predict
 
 IMAGES = pictures(2, SIZE, np.random.default_rng(3))
@@ -118,7 +117,7 @@ def test_predict_works_on_it(artifact, photos):
 
 
 def test_it_can_be_profiled(artifact):
-    found = calls(open_artifact(artifact, threads=1), 3)
+    found = open_artifact(artifact, threads=1).calls(3)
     assert len(found["decoder"]()) == 3 and all(o["low_res_masks"].shape == (1, 4, 16, 16) for o in found["together"]())  # type: ignore[arg-type, attr-defined]
 
 

@@ -20,12 +20,13 @@ from edgekd.errors import EdgekdError
 from edgekd.exporting import signature
 from edgekd.models.proposer import RANGES, SLOTS, BoxProposer, decode, places, ranges
 from edgekd.models.sam import Sam, components
-from edgekd.parity import EXACT, Reference, failure, proposer_parity
+from edgekd.parity import EXACT
 from edgekd.probes import pictures
 from edgekd.protocols import Session
-from edgekd.runtime import ArtifactModel
 from edgekd.tasks.promptable.everything import Settings, everything
+from edgekd.tasks.promptable.exported import ArtifactModel
 from edgekd.tasks.promptable.metrics import iou
+from edgekd.tasks.promptable.parity import Reference, failure, proposer_parity
 from edgekd.tasks.promptable.predictor import ModelPredictor
 from edgekd.tasks.promptable.proposing import has_proposer, propose
 

@@ -44,11 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "--offline" in given:
         given = ["--offline", *(a for a in given if a != "--offline")]
-    if "--json" in given:
-        from edgekd import console
+    from edgekd import console
 
+    if "--json" in given:
         console.plain()
-    sys.exit(_run(given))
+    sys.exit(console.one_voice(lambda: _alone(given) or _run(given)))
+
+
+def _alone(given: Sequence[str]) -> int:
+    """2 for a verb that several processes would run against each other, else 0."""
+    from edgekd import console
+
+    if console.place().world == 1 or not set(given[:1]) & {"compress", "train"}:
+        return 0
+    print(f"error: {given[0]} runs in one process\n  hint: of several, edgekd distill and edgekd cache make use (docs/scale.md)", file=sys.stderr)
+    return 2
 
 
 def _run(given: list[str]) -> int:

@@ -21,7 +21,7 @@ def quantize(
 ) -> int:
     """Export in a precision and compare with fp32.
 
-    Size, latency and agreement of the masks, with a verdict. Exit code 1 when it is no gain.
+    Size, latency and agreement of the answers, with a verdict. Exit code 1 when it is no gain.
     """
     from edgekd import api
 
@@ -98,7 +98,7 @@ def evaluate(
 ) -> int:
     """Measure a model's accuracy.
 
-    With boxes, one click and further clicks, and the agreement with its teacher.
+    Of masks with boxes, one click and further clicks; of classes; of features; and the agreement with its teacher.
     """
     from edgekd import api, console
 
@@ -118,7 +118,7 @@ def evaluate(
 def predict(
     model: Annotated[str, typer.Argument(help="An artifact or run folder, or any other model.")],
     image: Annotated[Path, typer.Argument(help="A photo.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mask, a PNG of the photo's size; with --everything a JSON file.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The mask, a PNG of the photo's size; with --everything, or of a classifier, a JSON file.")] = None,
     point: Annotated[list[str] | None, typer.Option("--point", metavar="X,Y[,0]", help="A click in pixels; ,0 means not this. Repeatable.")] = None,
     box: Annotated[str | None, typer.Option("--box", metavar="X0,Y0,X1,Y1", help="A box in pixels.")] = None,
     everything: Annotated[bool, typer.Option("--everything", help="All masks of the photo, as COCO run lengths and a picture.")] = False,
@@ -126,12 +126,14 @@ def predict(
     points_per_side: Annotated[int | None, typer.Option("--points-per-side", help="With --everything: of the grid.")] = None,
     threads: Threads = None, json: Json = False,
 ) -> int:
-    """Segment what a click or a box means, or everything."""
-    from edgekd import api
+    """Segment what a prompt means, or everything; or name the class."""
+    from edgekd import api, console
 
     if everything:
         if point or box is not None:
             raise UsageError("--everything takes no prompt", hint="leave out --point and --box")
+        if output is None:
+            raise UsageError("there is no file to write the masks to", hint="give one with --output masks.json")
         all_ = api.everything(model=model, image=image, output=output, mode=mode, points_per_side=points_per_side, threads=threads)
         return show({"masks": len(all_), "json": str(output), "picture": str(output.with_suffix(".png")), "mode": all_.mode, "prompts": all_.work.prompts}, json)
     clicks = [numbers(p, (2, 3), "--point takes X,Y or X,Y,0") for p in point or []]
@@ -139,7 +141,14 @@ def predict(
     found = api.predict(model=model, image=image, output=output, points=[(c[0], c[1]) for c in clicks],
                         labels=[int(c[2]) if len(c) == 3 else 1 for c in clicks], threads=threads,
                         box=(corners[0], corners[1], corners[2], corners[3]) if corners else None)
-    return show({"mask": str(output), "area": int(found.mask.sum()), "predicted_iou": found.score}, json)
+    document = found.document()
+    if "classes" not in document:
+        return show({"mask": str(output), **document}, json)
+    if json:
+        console.emit(document)
+    else:
+        console.table(["class", "name", "probability"], [[c["class"], c["name"], round(c["probability"], 4)] for c in document["classes"]])
+    return 0
 
 
 @app.command()

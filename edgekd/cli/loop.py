@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -11,6 +11,7 @@ from edgekd.cli.options import Data, Json, Limit, MaybeData, Output, RecipeName,
 from edgekd.errors import UsageError
 
 if TYPE_CHECKING:
+    from edgekd.recipe import CacheCodec
     from edgekd.report.schema import Report
 
 
@@ -63,7 +64,9 @@ def _show_report(report: Report, folder: Path, json: bool) -> int:
 def cache(
     teacher: Teacher = None, data: MaybeData = None, output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the cache.")] = None,
     verify: Annotated[Path | None, typer.Option("--verify", help="Compare this cache with its checksums instead.")] = None,
-    split: Split = None, limit: Limit = None, json: Json = False,
+    split: Split = None, limit: Limit = None,
+    codec: Annotated[str, typer.Option("--codec", help="packed: a quarter of fp16; int8: half of it; fp16.")] = "packed",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how large it will be and how long it takes; write nothing.")] = False, json: Json = False,
 ) -> int:
     """Write a teacher's outputs to disk, or check them."""
     from edgekd import api
@@ -72,7 +75,7 @@ def cache(
         return show(api.verify_cache(folder=verify), json)
     if teacher is None or data is None or output is None:
         raise UsageError("cache needs --teacher, --data and --output (or --verify FOLDER)", hint="edgekd cache --teacher sam_nano --data photos --output cache")
-    return show(api.cache(teacher=teacher, data=data, output=output, split=split, limit=limit), json)
+    return show(api.cache(teacher=teacher, data=data, output=output, split=split, limit=limit, codec=cast("CacheCodec", codec), dry_run=dry_run), json)
 
 
 @app.command()

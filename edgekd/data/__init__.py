@@ -1,4 +1,5 @@
-"""Photos and masks. `open_data` takes whatever a user may call data: a folder, a COCO or LVIS json, SA-1B tars, a pack, procedural scenes."""
+"""Photos and masks. `open_data` takes whatever a user may call data: a folder, a COCO or LVIS json, tars (SA-1B, WebDataset), a pack,
+procedural scenes."""
 from __future__ import annotations
 
 import re
@@ -11,10 +12,11 @@ from edgekd.data.folder import Folder
 from edgekd.data.images import SUFFIXES, ImageError
 from edgekd.data.pack import Pack, is_pack
 from edgekd.data.sa1b import Sa1b, is_sa1b
+from edgekd.data.webdataset import Shards, is_pattern, open_tars
 from edgekd.errors import UsageError, closest, unknown
 from edgekd.protocols import Dataset, Sample
 
-__all__ = ["Coco", "Folder", "ImageError", "Pack", "Sa1b", "Subset", "open_data"]
+__all__ = ["Coco", "Folder", "ImageError", "Pack", "Sa1b", "Shards", "Subset", "open_data"]
 
 SCHEMES = ("scenes",)
 
@@ -30,6 +32,17 @@ class Subset:
     @property
     def has_masks(self) -> bool:
         return self.dataset.has_masks
+
+    @property
+    def has_classes(self) -> bool:
+        return getattr(self.dataset, "has_classes", False)
+
+    @property
+    def class_names(self) -> list[str]:
+        return getattr(self.dataset, "class_names", [])
+
+    def classes_of(self, index: int) -> int | None:
+        return self.dataset.classes_of(self.indices[index]) if self.has_classes else None  # type: ignore[attr-defined]
 
     @property
     def labels(self) -> str:
@@ -51,7 +64,8 @@ class Subset:
 def open_data(spec: str | Path, *, split: str | None = None, limit: int | None = None, masks: bool = True, images: str | Path | None = None) -> Dataset:
     """Open data by what the user wrote.
 
-    `spec`: a folder of photos (or one photo), a COCO or LVIS json, SA-1B (a tar, a folder of tars or of extracted pairs), a data pack
+    `spec`: a folder of photos (or one photo), a COCO or LVIS json, SA-1B (a tar, a folder of tars or of extracted pairs), shards of
+    WebDataset (a tar, a folder of tars, or a pattern: `shards/{000..009}.tar`), a data pack
     (a folder with `index.json`), or `scenes:seed=1,count=100`. `split`: of a pack, or a subfolder of a folder. `limit`: the first so many
     images only. `masks=False`: leave the labels unread. `images`: the folder with the images that a json names.
 
@@ -79,22 +93,27 @@ def _open(spec: str | Path, split: str | None, limit: int | None, masks: bool, i
         from edgekd.data.scenes import Scenes
 
         return Scenes.parse(str(spec))
+    if is_pattern(path):
+        _refuse_split(split, str(spec))
+        return Shards(path, masks=masks, limit=limit)
     if not path.exists():
         raise _missing(path)
     if path.is_dir():
         if is_pack(path):
             return Pack(path, split=split, masks=masks)
         folder = _subfolder(path, split)
-        return Sa1b(folder, masks=masks, limit=limit) if is_sa1b(folder) else Folder(folder, limit=limit)
+        if not is_sa1b(folder):
+            return Folder(folder, limit=limit)
+        return open_tars(folder, masks=masks, limit=limit) if any(folder.glob("*.tar")) else Sa1b(folder, masks=masks, limit=limit)
     _refuse_split(split, str(spec))
     if path.suffix.lower() == ".json":
         return Coco(path, masks=masks, images=images, limit=limit)
     if path.suffix.lower() == ".tar":
-        return Sa1b(path, masks=masks, limit=limit)
+        return open_tars(path, masks=masks, limit=limit)
     if path.suffix.lower() in SUFFIXES:
         return Folder(path, limit=limit)
     raise UsageError("this file is neither an image nor a COCO json nor a tar", where=path,
-                     hint="give a folder of images, a COCO or LVIS .json, an SA-1B .tar (not compressed) or a data pack")
+                     hint="give a folder of images, a COCO or LVIS .json, a .tar (not compressed) or a data pack")
 
 
 def _refuse_split(split: str | None, spec: str) -> None:

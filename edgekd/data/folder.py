@@ -1,4 +1,4 @@
-"""A folder of photos without labels."""
+"""A folder of photos. Those of a folder of folders have a class, which is the folder that they are in."""
 from __future__ import annotations
 
 import os
@@ -17,6 +17,9 @@ class Folder:
 
     Photos larger than `max_side` are read shrunken to it: no model here looks at more than 1024 pixels, and a dozen
     masks of a 12-megapixel photo would take 150 MB. Unreadable ones are skipped, named in `skipped` and warned about.
+
+    Where every photo is in a folder of its own below `path`, and there are two or more of these, they are the classes, numbered in the order of
+    their names.
 
     Raises:
         UsageError: no image below `path`, or none that can be read.
@@ -37,6 +40,7 @@ class Folder:
         warn_skipped(self.name, self.skipped)
         if not self.paths:
             raise UsageError(f"none of the {len(self.skipped)} image files here can be read: {self.skipped[0]}", where=self.root)
+        self.class_names = class_folders(self.root, found)
 
     def _keep_readable(self, found: list[Path], limit: int) -> None:
         """Check in blocks, so that a small `limit` on a large folder decodes only what it needs."""
@@ -53,12 +57,21 @@ class Folder:
     def _id(self, path: Path) -> str:
         return path.name if path == self.root else path.relative_to(self.root).as_posix()
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether the folders are classes."""
+        return bool(self.class_names)
+
+    def classes_of(self, index: int) -> int | None:
+        """The class of a photo."""
+        return self.class_names.index(self.paths[index].relative_to(self.root).parts[0]) if self.class_names else None
+
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
         path = self.paths[index]
-        return Sample(self._id(path), read_image(path, max_side=self.max_side))
+        return Sample(self._id(path), read_image(path, max_side=self.max_side), label=self.classes_of(index))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -66,6 +79,15 @@ class Folder:
     def fingerprint(self) -> str:
         """Relative paths, sizes and modification times, and the size the photos are read at."""
         return workspace.fingerprint(["folder", self.max_side, [[self._id(p), *file_stamp(p)] for p in self.paths]])
+
+
+def class_folders(root: Path, found: list[Path]) -> list[str]:
+    """Names of the folders directly below `root` that hold its photos; none where a photo is in no such folder or all are in one."""
+    if root.is_file():
+        return []
+    parts = [path.relative_to(root).parts for path in found]
+    names = sorted({p[0] for p in parts})
+    return names if len(names) > 1 and all(len(p) > 1 for p in parts) else []
 
 
 def list_images(root: Path) -> list[Path]:

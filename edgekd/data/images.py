@@ -9,7 +9,7 @@ import functools
 import io
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +116,22 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Frame:
-    """How a photo of `height` x `width` lies in a square of `side` pixels: long side = `side`, at the top left, or stretched to fill it."""
+    """How a photo of `height` x `width` lies in a square of `side` pixels: long side = `side`, at the top left, or stretched to fill it, or
+    with its middle (`crop` of the short side) only."""
 
     height: int
     width: int
     side: int
     stretch: bool = False
+    crop: float | None = None
+
+    @property
+    def window(self) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of what is seen of the photo, in its pixels."""
+        if self.crop is None:
+            return 0, 0, self.height, self.width
+        side = max(1, int(min(self.height, self.width) * self.crop + 0.5))
+        return (self.height - side) // 2, (self.width - side) // 2, side, side
 
     @property
     def scale(self) -> float:
@@ -131,15 +141,15 @@ class Frame:
     @property
     def resized(self) -> tuple[int, int]:
         """(height, width) of the photo inside the square; the rest is padding."""
-        if self.stretch:
+        if self.stretch or self.crop is not None:
             return self.side, self.side
         return max(1, int(self.height * self.scale + 0.5)), max(1, int(self.width * self.scale + 0.5))
 
     @property
     def ratio(self) -> np.ndarray:
         """(2,) xy: pixels of the square per photo pixel, exact for each axis, since the short side was rounded to whole pixels."""
-        height, width = self.resized
-        return np.array([width / self.width, height / self.height])
+        (height, width), (_, _, seen_height, seen_width) = self.resized, self.window
+        return np.array([width / seen_width, height / seen_height])
 
     def to_model(self, points: Any) -> np.ndarray:
         """(..., 2) xy in the photo -> (..., 2) float32 xy as prompt encoders take them.
@@ -147,7 +157,8 @@ class Frame:
         SAM's prompt encoder counts pixel centres from 0 and adds half a pixel itself, hence - 0.5: a click and a box edge end up
         exactly where they are.
         """
-        return (np.asarray(points, dtype=np.float64) * self.ratio - 0.5).astype(np.float32)
+        top, left, _, _ = self.window
+        return ((np.asarray(points, dtype=np.float64) - [left, top]) * self.ratio - 0.5).astype(np.float32)
 
     def mask_to_image(self, logits: np.ndarray) -> np.ndarray:
         """(..., s, s) logits covering the whole square -> (..., H, W) float32 over the photo.
@@ -155,6 +166,8 @@ class Frame:
         Exactly SAM's post-processing (`interpolate` to the square, crop the padding, `interpolate` to H x W; both bilinear
         with align_corners=False). Both steps are linear and work per axis, so here they are one small matrix per axis.
         """
+        if self.crop is not None:
+            raise ValueError("a model that sees the middle of a photo only gives no masks of all of it")
         logits = np.asarray(logits, dtype=np.float32)
         height, width = self.resized
         rows = _upsampling(logits.shape[-2], self.side, height, self.height)
@@ -185,14 +198,15 @@ def preprocess(image: np.ndarray, spec: Preprocess) -> tuple[np.ndarray, Frame]:
     """(H, W, 3) uint8 RGB -> (3, S, S) float32 model input and the frame that maps prompts and masks (`spec.side` wide).
 
     Pillow's bilinear filter (antialiased when shrinking, as in SAM), then normalisation, then zero padding at the right
-    and bottom: padding is 0 *after* normalisation, i.e. the mean colour.
+    and bottom: padding is 0 *after* normalisation, i.e. the mean colour. A middle crop is cut out first, in whole pixels, and then resized.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"expected a (H, W, 3) uint8 image, not {image.shape} {image.dtype}")
-    stretch = spec.fit == "stretch"
-    height, width = Frame(image.shape[0], image.shape[1], spec.image_size, stretch).resized
-    small = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
+    inner = Frame(image.shape[0], image.shape[1], spec.image_size, spec.fit == "stretch", spec.crop if spec.fit == "crop" else None)
+    (height, width), (top, left, seen_height, seen_width) = inner.resized, inner.window
+    seen = Image.fromarray(image[top:top + seen_height, left:left + seen_width])
+    small = np.asarray(seen.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
     normal = (small - np.asarray(spec.mean, dtype=np.float32)) / np.asarray(spec.std, dtype=np.float32)
     out = np.zeros((3, spec.image_size, spec.image_size), dtype=np.float32)
     out[:, :height, :width] = normal.transpose(2, 0, 1)
-    return out, Frame(image.shape[0], image.shape[1], spec.side, stretch)
+    return out, replace(inner, side=spec.side)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from edgekd import workspace
 from edgekd.protocols import Dataset, Sample
@@ -21,6 +22,21 @@ class Joined:
         return all(part.has_masks for part in self.parts)
 
     @property
+    def has_classes(self) -> bool:
+        """Whether all parts number the same classes."""
+        return all(getattr(part, "has_classes", False) for part in self.parts) and len({tuple(part.class_names) for part in self.parts}) == 1  # type: ignore[attr-defined]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes that all parts share."""
+        return self.parts[0].class_names if self.has_classes else []  # type: ignore[attr-defined]
+
+    def classes_of(self, index: int) -> int | None:
+        """The class of a photo."""
+        part, i = self.places[index]
+        return self.parts[part].classes_of(i) if self.has_classes else None  # type: ignore[attr-defined]
+
+    @property
     def labels(self) -> str:
         """Where the masks of each part come from."""
         return "; ".join(f"{part.name}: {getattr(part, 'labels', 'ground truth')}" for part in self.parts)
@@ -31,7 +47,7 @@ class Joined:
     def __getitem__(self, index: int) -> Sample:
         part, i = self.places[index]
         sample = self.parts[part][i]
-        return sample if part == 0 else Sample(f"{part}/{sample.id}", sample.image, sample.masks)
+        return replace(sample, id=sample.id if part == 0 else f"{part}/{sample.id}", label=self.classes_of(index))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,24 @@ class Pack:
         return self.masks and any(_mask_file(item) for item in self.items)
 
     @property
+    def has_classes(self) -> bool:
+        """Whether its items are labelled with classes."""
+        return any("label" in item for item in self.items)
+
+    def classes_of(self, index: int) -> int | None:
+        """The class of a photo."""
+        return self.items[index].get("label")
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """Names of the classes by their numbers, from `classes.json`; none where there is no such file."""
+        path = self.root / "classes.json"
+        if not self.has_classes or not path.is_file():
+            return []
+        rows = sorted(json.loads(path.read_text(encoding="utf-8")), key=lambda row: row["index"])
+        return [str(row["name"]) for row in rows]
+
+    @property
     def labels(self) -> str:
         """Where the masks come from, for the protocol of an evaluation."""
         return "model-made alpha (IS-Net), clean cut-outs only" if any("saliency" in item for item in self.items) else "ground truth"
@@ -77,12 +96,12 @@ class Pack:
         image = read_image(self.root / item["image"])
         file = _mask_file(item) if self.masks else None
         if file is None:
-            return Sample(item["id"], image)
+            return Sample(item["id"], image, label=item.get("label"))
         values = _read_labels(self.root / file, image.shape[:2])
         if "masks" not in item:
-            return Sample(item["id"], image, (values >= 128)[None])
+            return Sample(item["id"], image, (values >= 128)[None], item.get("label"))
         found = _instances(values) if self.kind == "instances" else _regions(values, self.min_region)
-        return Sample(item["id"], image, found)
+        return Sample(item["id"], image, found, item.get("label"))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))

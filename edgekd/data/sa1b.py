@@ -118,7 +118,7 @@ class Sa1b:
         try:
             read_image(f"{stem}{PHOTO}", max_side=CHECK_SIDE, data=photo.read())
             if notes is not None and self.has_masks:
-                _check(_parse(notes, stem), stem)
+                check_notes(parse_notes(notes, stem), stem)
         except EdgekdError as e:
             return f"{e.where}: {e.what}"
         return None
@@ -129,19 +129,9 @@ class Sa1b:
     def __getitem__(self, index: int) -> Sample:
         stem, photo, _ = self._items[index]
         name, data = f"{stem}{PHOTO}", photo.read()
-        image = read_image(name, data=data)
         if not self.has_masks:
-            return Sample(name, image)
-        notes = self._notes(index)
-        size = (notes["image"]["height"], notes["image"]["width"])
-        if image.shape[:2] != size:  # annotated as stored, before EXIF turned it
-            image = read_image(name, data=data, orient=False)
-        if image.shape[:2] != size:
-            raise ImageError(f"the image is {image.shape[1]} x {image.shape[0]} pixels, its json says {size[1]} x {size[0]}", where=name)
-        masks = np.zeros((len(notes["annotations"]), *size), dtype=bool)
-        for mask, annotation in zip(masks, notes["annotations"], strict=True):
-            mask[:] = decode_segmentation(annotation["segmentation"], *size, where=f"{stem}{NOTES}")
-        return Sample(name, image, masks[masks.any(axis=(1, 2))])
+            return Sample(name, read_image(name, data=data))
+        return Sample(name, *with_masks(name, data, self._notes(index)))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -154,12 +144,29 @@ class Sa1b:
         stem, _, notes = self._items[index]
         if notes is None:
             raise UsageError("this photo has no annotations", where=stem)
-        return _parse(notes, stem)
+        return parse_notes(notes, stem)
 
     def fingerprint(self) -> str:
         """Names and order of the photos, and sizes and times of the files they are in."""
         files = self._tars or [f for _, photo, notes in self._items for f in (photo.file, notes.file if notes else photo.file)]
         return workspace.fingerprint(["sa1b", self.has_masks, [i[0] for i in self._items], [[f.name, *file_stamp(f)] for f in files]])
+
+
+def with_masks(name: str, data: bytes, notes: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """A photo (H, W, 3) uint8 from its file's bytes and its masks (K, H, W) bool from its json, without those that are empty.
+
+    Raises:
+        EdgekdError: photo and json do not fit each other.
+    """
+    image, size = read_image(name, data=data), (notes["image"]["height"], notes["image"]["width"])
+    if image.shape[:2] != size:  # annotated as stored, before EXIF turned it
+        image = read_image(name, data=data, orient=False)
+    if image.shape[:2] != size:
+        raise ImageError(f"the image is {image.shape[1]} x {image.shape[0]} pixels, its json says {size[1]} x {size[0]}", where=name)
+    masks = np.zeros((len(notes["annotations"]), *size), dtype=bool)
+    for mask, annotation in zip(masks, notes["annotations"], strict=True):
+        mask[:] = decode_segmentation(annotation["segmentation"], *size, where=f"{os.path.splitext(name)[0]}{NOTES}")
+    return image, masks[masks.any(axis=(1, 2))]
 
 
 def members(tar: Path, damaged: list[str]) -> Iterator[tuple[str, Span]]:
@@ -211,13 +218,13 @@ def is_sa1b(folder: Path) -> bool:
         return False
     file = folder / f"{pair}{NOTES}"
     try:
-        _parse(Span(file, 0, file.stat().st_size), pair)
+        parse_notes(Span(file, 0, file.stat().st_size), pair)
     except EdgekdError:
         return pair.startswith("sa_")
     return True
 
 
-def _parse(notes: Span, stem: str) -> dict[str, Any]:
+def parse_notes(notes: Span, stem: str) -> dict[str, Any]:
     """An image's json, with what is used of it there.
 
     Raises:
@@ -241,7 +248,7 @@ def _odd_ends(stem: str, photo: Span, notes: Span | None) -> str | None:
     return None if whole else f"{stem}{NOTES}: is truncated or not a json"
 
 
-def _check(data: dict[str, Any], stem: str) -> None:
+def check_notes(data: dict[str, Any], stem: str) -> None:
     """Run-length masks must have their image's size."""
     size = [data["image"]["height"], data["image"]["width"]]
     for annotation in data["annotations"]:

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.data.images import preprocess
+from edgekd.data.order import windowed
 from edgekd.distillation.cache import TeacherCache
+from edgekd.distillation.draws import Draws
 from edgekd.distillation.labelled import draw_masks, to_frame
 from edgekd.protocols import Dataset, Preprocess, Sample
 
@@ -41,7 +43,7 @@ class Batch:
     classes: Tensor | None = None
     teacher_images: Named | None = None
 
-    def masks(self, prompts: int, generator: torch.Generator) -> Tensor:
+    def masks(self, prompts: int, generator: Draws | torch.Generator) -> Tensor:
         """(B * prompts, F, F) bool: instances drawn with replacement."""
         return draw_masks(self.labels, prompts, generator)
 
@@ -68,11 +70,13 @@ class Batches:
         spec: the student's preprocessing.
         live: preprocessing of every teacher that is asked live, by its name; nothing is read from its cache then.
         policies: of the stage; their views are drawn per image and epoch.
+        window: photos that are shuffled together (`data.order`); None: all of an epoch.
     """
 
     def __init__(self, sources: Sequence[Source], spec: Preprocess, batch_size: int, seed: int, *, live: Mapping[str, Preprocess] | None = None,
-                 policies: Sequence[Policy] = ()) -> None:
+                 policies: Sequence[Policy] = (), window: int | None = None) -> None:
         self.sources, self.spec, self.seed, self.live, self.policies = list(sources), spec, seed, dict(live or {}), list(policies)
+        self.window = window
         self.places = [(s, i) for s in range(len(self.sources)) for i in range(len(self.sources[s]))]
         self.domains = np.array([s for s, _ in self.places])
         self.batch_size = min(batch_size, len(self.places))
@@ -119,9 +123,10 @@ class Batches:
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             rng, n = np.random.default_rng([self.seed, epoch]), len(self.places)
-            found = [w for p in self.policies if (w := p.weights(n, self.domains)) is not None]
+            found = [w for p in self.policies if (w := p.weights(n, self.domains, epoch)) is not None]
             share = np.prod(found, axis=0) if found else None
-            self._orders = {epoch: rng.permutation(n) if share is None else rng.choice(n, n, p=share / share.sum())}
+            drawn = windowed(n, self.window, rng) if self.window else rng.permutation(n)
+            self._orders = {epoch: drawn if share is None else rng.choice(n, n, p=share / share.sum())}
         return self._orders[epoch]
 
     def _class(self, place: tuple[int, int]) -> int:

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from edgekd import tasks
 from edgekd.distillation import points
+from edgekd.distillation.generations import check_generations
 from edgekd.distillation.material import TrainingData
 from edgekd.distillation.outputs import FROM_DATA
+from edgekd.distillation.parts import part_of
 from edgekd.errors import UsageError, unknown
 from edgekd.recipe import Recipe, Stage
 
@@ -34,29 +37,30 @@ def check_recipe(recipe: Recipe) -> list[Stage]:
             points.build(point, ref.name, ref.options)
     for stage in recipe.stages:
         for part in stage.trainable:
-            if part not in task.parts:
+            if part_of(part) not in task.parts:
                 raise unknown("trainable part", part, task.parts)
+        if stage.init_from is not None and not Path(stage.init_from).is_file():
+            raise UsageError(f"there is no checkpoint '{stage.init_from}' to start from", where=f"stage {stage.name}", hint="take init_from out, or give a .safetensors file")
+    taught = {f"stage {s.name}" for s in recipe.stages if s.teacher_from}  # an assistant and the recipe's teacher are two
     for point, name, plugin, where in plugins_of(recipe.stages):
         missing = sorted(plugin.needs - task.outputs)
         if missing:
             fitting = [t.name for t in tasks.registry().values() if plugin.needs <= t.outputs]
             raise UsageError(f"{point} '{name}' needs {' and '.join(missing)}, which the task {task.name} does not give", where=where,
                              hint=f"it is for {', '.join(fitting) or 'another task'}; `edgekd list objectives` says what each needs")
-        if "teachers" in plugin.needs and not recipe.more_teachers:
+        if "teachers" in plugin.needs and not recipe.more_teachers and where not in taught:
             raise UsageError(f"{point} '{name}' compares with several teachers, and the recipe has one", where=where, hint="add more_teachers: [NAME]")
-    return expand(recipe.stages)
+    stages = expand(recipe.stages)
+    check_generations(stages)
+    return stages
 
 
 def expand(stages: Sequence[Stage]) -> list[Stage]:
-    """The stages with those in their place that controllers make of them."""
-    found = list(stages)
+    """The stages with those in their place that controllers make of them, and again of those."""
+    found: list[Stage] = []
     for stage in stages:
-        for ref in stage.controllers:
-            made = points.build("controller", ref.name, ref.options).expand(stage)
-            if made != [stage]:
-                at = found.index(stage)
-                found[at : at + 1] = made
-                break
+        made = next((m for ref in stage.controllers if (m := points.build("controller", ref.name, ref.options).expand(stage)) != [stage]), None)
+        found += [stage] if made is None else expand(made)
     return found
 
 

@@ -13,7 +13,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from edgekd.data.images import preprocess
+from edgekd.distillation.draws import Draws, Source, pick
 from edgekd.protocols import Dataset, Preprocess
+
+FEWEST_PIXELS = 48
+"""Fewer make no instance that a prompt is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,22 @@ def augment(rng: np.random.Generator, image: np.ndarray, labels: np.ndarray) -> 
 def to_frame(image: np.ndarray, labels: np.ndarray, spec: Preprocess) -> tuple[Tensor, Tensor]:
     """The model's input (3, S, S) and the labels in the prompts' square, (F, F) int16 with -1 in the padding."""
     pixels, frame = preprocess(np.ascontiguousarray(image), spec)
-    height, width = frame.resized
+    (height, width), (top, left, seen_height, seen_width) = frame.resized, frame.window
+    labels = labels[top:top + seen_height, left:left + seen_width]
     index = Image.fromarray(np.ascontiguousarray(labels).astype(np.int32), mode="I").resize((width, height), Image.Resampling.NEAREST)
     target = np.full((frame.side, frame.side), -1, np.int16)
     target[:height, :width] = np.asarray(index)
     return torch.from_numpy(pixels), torch.from_numpy(target)
 
 
-def draw_masks(labels: Tensor, prompts: int, generator: torch.Generator) -> Tensor:
+def draw_masks(labels: Tensor, prompts: int, generator: Source) -> Tensor:
     """labels (B, S, S) -> masks (B * prompts, S, S) bool: instances drawn with replacement, each instance alike likely."""
-    batch = len(labels)
+    batch, device = len(labels), labels.device
     top = max(int(labels.max()), 1)
-    present = torch.stack([torch.bincount(m[m > 0].long(), minlength=top + 1)[1:] >= 48 for m in labels]).float()
-    present[present.sum(1) == 0, 0] = 1
-    chosen = torch.multinomial(present, prompts, replacement=True, generator=generator) + 1
+    slots = labels.clamp(min=0).flatten(1).long() + torch.arange(batch, device=device)[:, None] * (top + 1)
+    present = (torch.bincount(slots.flatten(), minlength=batch * (top + 1)).view(batch, -1)[:, 1:] >= FEWEST_PIXELS).float()
+    present[:, 0] += present.sum(1) == 0
+    chosen = pick(present, Draws.of(generator).rand(batch, prompts)) + 1
     return (labels[:, None] == chosen[:, :, None, None].to(labels)).reshape(batch * prompts, *labels.shape[1:])
 
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from edgekd.distillation.draws import Draws
+from edgekd.errors import EdgekdError
+
 if TYPE_CHECKING:
     from edgekd.recipe import Stage
 
@@ -55,8 +58,16 @@ class Outputs:
         own: dict[str, Any] = {k: v for k, v in named.items() if k in FEATURES}
         return cls(**own, taps=dict(named))
 
+    def detached(self) -> Outputs:
+        """The outputs for photos alone, without their graph."""
+        found: dict[str, Any] = {n: None if (t := getattr(self, n)) is None else t.detach() for n in sorted(FEATURES)}
+        return Outputs(**found)
+
     def paired(self, names: Sequence[str]) -> Outputs:
         """The same with `feats` filled from taps of these names."""
+        missing = [n for n in names if n not in self.taps]
+        if missing:
+            raise EdgekdError(f"there is no tap '{missing[0]}' in what was given ({', '.join(self.taps)})", hint="was the cache made for other stages?")
         return replace(self, feats=tuple(self.taps[n] for n in names)) if names else self
 
 
@@ -74,6 +85,8 @@ class Context:
     side: int | None = None
     generator: torch.Generator | None = None
     """The step's own: what an objective draws from it is drawn again when a killed run goes on."""
+    draws: Draws | None = None
+    """The same for numbers that should not depend on how many processes share the batch: `draws.rand(B)` gives this process's rows."""
     images: Tensor | None = None
     """(B, 3, S, S), as the student sees them."""
     classes: Tensor | None = None
@@ -89,6 +102,10 @@ class Context:
     steps: int = 1
     teachers: Mapping[str, Outputs] = field(default_factory=dict)
     """Every teacher's outputs by its name, the recipe's own first."""
+    student: Outputs | None = None
+    """What the student gave, without its graph: told to controllers and policies, which see no outputs otherwise."""
+    teacher: Outputs | None = None
+    """What the objectives compared it with, after the targets: told to controllers and policies."""
 
     @property
     def progress(self) -> float:

@@ -107,6 +107,9 @@ class Controller(nn.Module, Plugin):
     def after(self, context: Context) -> None:
         """Called after every optimizer step."""
 
+    def finish(self) -> None:
+        """Called once when the stage's weights are final, before they are written: what `begin` did to the student is undone here."""
+
 
 class Policy(nn.Module, Plugin):
     """Decides about data: the order of photos, a view of each, and what becomes of a batch.
@@ -119,9 +122,10 @@ class Policy(nn.Module, Plugin):
     def bind(self, setup: Setup) -> None:
         """As `Objective.bind`; `setup.theirs` and `setup.ours` are those of the batch to try."""
 
-    def weights(self, images: int, domains: np.ndarray) -> np.ndarray | None:
-        """How often each of the training photos is drawn relative to the others (0: never), asked at the start of every epoch; None: all
-        alike. domains (images,) int is the data set of each."""
+    def weights(self, images: int, domains: np.ndarray, epoch: int) -> np.ndarray | None:
+        """How often each of the training photos is drawn relative to the others (0: never), asked before the first photo of every epoch;
+        None: all alike. domains (images,) int is the data set of each. An epoch is asked about again when a killed run goes on, and
+        batches are made ahead: what is answered should hang on what was known an epoch earlier."""
         return None
 
     def view(self, sample: Sample, rng: np.random.Generator) -> Sample:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.distillation.batches import Batch
-from edgekd.distillation.clicks import error_click, first_prompts
+from edgekd.distillation.clicks import cells, error_click, first_prompts
+from edgekd.distillation.draws import Draws
 from edgekd.distillation.outputs import Context, Outputs
 from edgekd.distillation.points import Objective
 from edgekd.errors import UsageError
@@ -43,15 +44,15 @@ class PromptLoop:
 
     def __call__(self, ours: Outputs, theirs: Outputs, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Losses (B,) by objective. `ours` and `theirs` hold the embeddings of the batch, B images."""
-        stage, generator = self.stage, context.generator
-        assert generator is not None
-        masks = batch.masks(stage.instances, generator)
-        low = F.avg_pool2d(masks.float().unsqueeze(1), 4).squeeze(1)
+        stage, draws = self.stage, context.draws
+        assert draws is not None
+        masks = batch.masks(stage.instances, draws)
+        low = cells(masks)
         low = low >= low.amax((1, 2), keepdim=True).clamp(max=0.5)
-        points, labels = self.first(masks, low, generator)
+        points, labels = self.first(masks, low, draws)
         single = ((labels == POSITIVE).sum(1) == 1) & (labels[:, 0] != BOX_TOP_LEFT)
         context = replace(context, valid_prompts=batch.valid.squeeze(1).repeat_interleave(stage.instances, 0), single=single, truth=masks)
-        clicks = int(torch.randint(stage.decode_iters + 1, (), generator=generator)) if stage.random_iters else stage.decode_iters
+        clicks = draws.integer(stage.decode_iters + 1) if stage.random_iters else stage.decode_iters
         losses: dict[str, list[Tensor]] = {name: [] for name in self.objectives}
         last = has_last = None
         for round_ in range(clicks + 1):
@@ -60,14 +61,15 @@ class PromptLoop:
                 losses[name].append(objective(ours, theirs, context).unflatten(0, (-1, stage.instances)).mean(1))
             if round_ < clicks:
                 answer, point, label = self.correct(ours, theirs, low, context)
-                last, has_last = answer.unsqueeze(1).clamp(-20, 20), (torch.rand(len(answer), generator=generator) < stage.mask_feedback).float()
+                if stage.mask_feedback > 0:
+                    last, has_last = answer.unsqueeze(1).clamp(-20, 20), (draws.rand(len(answer)) < stage.mask_feedback).to(answer)
                 points, labels = torch.cat([points, point], 1), torch.cat([labels, label], 1)
         return {name: torch.stack(rounds).mean(0) for name, rounds in losses.items()}
 
-    def first(self, masks: Tensor, low: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def first(self, masks: Tensor, low: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """The first prompts of the instances, as the stage draws them."""
         p = self.stage.prompts
-        return first_prompts(masks, low, p.box_share, generator, together=p.coin == "batch", jitter=p.jitter, central=p.central, clicks=p.clicks)
+        return first_prompts(masks, low, p.box_share, draws, together=p.coin == "batch", jitter=p.jitter, central=p.central, clicks=p.clicks)
 
     def decode(self, ours: Outputs, theirs: Outputs, points: Tensor, labels: Tensor, last: Tensor | None, has: Tensor | None) -> tuple[Outputs, Outputs]:
         """Both models' answers to the prompts, given in the student's frame."""
@@ -84,13 +86,13 @@ class PromptLoop:
         quality = ours.iou.detach() if theirs.iou is None else theirs.iou
         # of one click's alternatives, the mask to correct is the one that is believed in most: several may be right
         best = torch.where(context.single, 1 + quality[:, 1:].argmax(1), 0)
-        every = torch.arange(len(best))
+        every = torch.arange(len(best), device=best.device)
         truth = low
         if self.stage.prompts.corrected_by == "teacher":
             assert theirs.masks is not None
             truth = F.interpolate(theirs.masks.float()[every, best].unsqueeze(1), ours.masks.shape[-2:], mode="bilinear", align_corners=False).squeeze(1) > 0
         answer = ours.masks.detach().float()[every, best]
-        click, label = error_click(answer > 0, truth, context.valid_prompts > 0, context.generator, fewest=self.stage.prompts.fewest_errors)
+        click, label = error_click(answer > 0, truth, context.valid_prompts > 0, context.draws, fewest=self.stage.prompts.fewest_errors)
         return answer, click, label
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from edgekd.distillation import points
 from edgekd.distillation.batches import Batch
 from edgekd.distillation.clicks import boxes
+from edgekd.distillation.distributed import current
+from edgekd.distillation.draws import Draws, Source
 from edgekd.distillation.outputs import FEATURES, PER_PROMPT, Context, Outputs, Setup
 from edgekd.distillation.points import Objective, Policy, Target
 from edgekd.distillation.prompting import PromptLoop
@@ -44,9 +46,12 @@ class Step(nn.Module):
         self.targets: list[Target] = [points.build("target", t.name, t.options) for t in stage.targets]
         self.controllers = [points.build("controller", c.name, c.options) for c in stage.controllers]
         self.policies: list[Policy] = [points.build("policy", p.name, p.options) for p in stage.policies]
-        self.live = stage.teacher == "live" or (stage.teacher == "auto" and any(p.live for p in self.policies))
+        self.live = stage.teacher == "live" or (stage.teacher == "auto" and any(p.live for p in self.policies)) or bool(stage.teacher_from)
         self.pairs: dict[str, Pairs] = {}
         self.aux = nn.ModuleDict()
+        self.images_total = 0
+        self.given: tuple[Outputs, Outputs] = Outputs(), Outputs()
+        """What the student and, after the targets, the teacher gave for the last batch, without graphs: for controllers and policies."""
 
     @property
     def teachers(self) -> Mapping[str, Any]:
@@ -74,7 +79,7 @@ class Step(nn.Module):
         self.student.eval()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.stage.seed)
-            ours, theirs, context = self._look(batch, torch.Generator().manual_seed(self.stage.seed))
+            ours, theirs, context = self._look(batch, Draws(self.stage.seed))
             setup = Setup(self.student, self.teacher, self.stage, ours, theirs, context, self._teachers)
             for key, objective in self.objectives.items():
                 mine = [p for p, _ in self.pairs.get(key, ())], [p for _, p in self.pairs.get(key, ())]
@@ -89,11 +94,29 @@ class Step(nn.Module):
         for name, module in named:
             self.aux[name] = module
 
-    def forward(self, batch: Batch, generator: torch.Generator, step: int = 0) -> dict[str, Tensor]:
-        """Losses (B,) of every objective by its name, without the recipe's weights."""
-        ours, theirs, context = self._look(batch, generator, step)
+    def forward(self, batch: Batch, generator: Source, step: int = 0) -> dict[str, Tensor]:
+        """Losses (B,) of every objective by its name, as they are added up: with the recipe's weights, and what controllers make of them.
+
+        All that has parameters is asked in here, so that a wrapper of this module sees every gradient.
+        """
+        draws = Draws.of(generator)
+        for policy in self.policies:
+            batch = policy.mix(batch, draws.own)
+        losses = self.compare(batch, draws, step)
+        context = self.context(batch, step)
+        weighted = {name: loss * self.refs[name].weight_at(context.progress) for name, loss in losses.items()}
+        for controller in self.controllers:
+            weighted = controller.weigh(weighted, context)
+        if self.policies:
+            self._observe(torch.stack(list(weighted.values())).sum(0), context)
+        return weighted
+
+    def compare(self, batch: Batch, generator: Source, step: int = 0) -> dict[str, Tensor]:
+        """Losses (B,) of every objective by its name, without weights."""
+        ours, theirs, context = self._look(batch, Draws.of(generator), step)
         for target in self.targets:
             theirs = target(ours, theirs, context)
+        self.given = ours.detached(), theirs.detached()
         losses: dict[str, Tensor] = {}
         for key, objective in self.objectives.items():
             if not objective.needs & PER_PROMPT:
@@ -101,18 +124,32 @@ class Step(nn.Module):
                 losses[key] = objective(ours.paired([p for p, _ in mine]), theirs.paired([p for _, p in mine if p]), context)
         return losses | self.loop(ours, theirs, batch, context) if self.loop else losses
 
+    def context(self, batch: Batch, step: int) -> Context:
+        """What controllers and policies are told of a step."""
+        return Context(batch.valid, images=batch.images, classes=batch.classes, domains=batch.domains, places=batch.places, images_total=self.images_total,
+                       step=step, steps=self.stage.steps, student=self.given[0], teacher=self.given[1])
+
+    def _observe(self, total: Tensor, context: Context) -> None:
+        """Policies see the photos of all processes, so that they decide alike in each."""
+        group = current()
+        if group.world > 1:
+            rows: dict[str, Any] = {name: None if (t := getattr(context, name)) is None else group.cat(t) for name in ("valid", "classes", "domains", "places")}
+            context = replace(context, images=None, student=None, teacher=None, **rows)
+        for policy in self.policies:
+            policy.observe(group.cat(total), context)
+
     # --- what the objectives see ----------------------------------------------------------------------------------------
 
-    def _look(self, batch: Batch, generator: torch.Generator, step: int = 0) -> tuple[Outputs, Outputs, Context]:
+    def _look(self, batch: Batch, draws: Draws, step: int = 0) -> tuple[Outputs, Outputs, Context]:
         needs = {n for o in self.objectives.values() for n in o.needs}
         ours = Outputs.of(self.student_taps.run(batch.images))
         boxed = "boxes" in needs
         if boxed and getattr(self.student, "proposer", None) is not None:
             ours = replace(ours, proposals=self.student.proposer(ours.embedding))
         asked = {name: Outputs.of(self._ask(name, teacher, batch)) for name, teacher in self._teachers.items()}
-        context = Context(batch.valid, boxes=instance_boxes(batch.labels) if boxed else None, side=self.student.preprocess.side, generator=generator,
+        context = Context(batch.valid, boxes=instance_boxes(batch.labels) if boxed else None, side=self.student.preprocess.side, generator=draws.own, draws=draws,
                           images=batch.images, classes=batch.classes, instances=batch.labels, domains=batch.domains, places=batch.places,
-                          step=step, steps=self.stage.steps, teachers=asked)
+                          images_total=self.images_total, step=step, steps=self.stage.steps, teachers=asked)
         return ours, next(iter(asked.values())), context
 
     def _ask(self, name: str, teacher: Any, batch: Batch) -> Mapping[str, Tensor]:
@@ -173,6 +210,8 @@ def wanted(stages: Sequence[Stage], teacher: Any) -> dict[str, str | None]:
     names: dict[str, str | None] = {}
     taps: dict[str, str] | None = None
     for stage in stages:
+        if stage.teacher_from:  # it learns from an assistant, which is asked live
+            continue
         for ref in stage.objectives:
             objective = points.build("objective", ref.name, ref.options)
             for need in sorted(objective.needs & FEATURES):

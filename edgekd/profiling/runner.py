@@ -11,21 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgekd.measurement import Circumstances
-from edgekd.probes import pictures, probe
 from edgekd.profiling import door
 from edgekd.profiling.footprint import peak_memory_bytes
-from edgekd.profiling.latency import Call, Samples, interleave
-from edgekd.runtime import ArtifactModel, open_artifact
-
-PARTS = ("encoder", "decoder", "proposer")
-"""In this order, as far as an artifact has them. The proposer belongs to segment-everything, not to a prompt: it is not in `together`."""
-TOGETHER = "together"
+from edgekd.profiling.latency import Samples, interleave
+from edgekd.runtime import TOGETHER, Opened, open_artifact
 
 
-def opened(folder: str | Path, threads: int | None) -> tuple[ArtifactModel, dict[str, float]]:
+def opened(folder: str | Path, threads: int | None) -> tuple[Opened, dict[str, float]]:
     """An artifact with all sessions open, and the milliseconds each took to open."""
     model, took = open_artifact(Path(folder), threads=threads), dict[str, float]()
     for part in parts_of(model):
@@ -35,35 +28,15 @@ def opened(folder: str | Path, threads: int | None) -> tuple[ArtifactModel, dict
     return model, took
 
 
-def parts_of(model: ArtifactModel) -> list[str]:
-    """The components that are timed alone."""
-    return [part for part in PARTS if part in model.manifest.components]
-
-
-def calls(model: ArtifactModel, prompts: int) -> dict[str, Call]:
-    """The encoder alone, the decoder alone for `prompts` clicks, and one after the other: ready to be timed."""
-    rng, spec = np.random.default_rng(0), model.preprocess
-    image = {"images": pictures(1, spec.image_size, rng)}
-    encoder, decoder = model.session("encoder"), model.session("decoder")
-    p = probe("point", prompts, spec.side, rng)
-    embedded = encoder.run(image)["image_embeddings"]
-    asked = model.feeds(embedded, p.points, p.labels, p.mask_input, p.has_mask)
-
-    def together() -> object:
-        embedding = encoder.run(image)
-        return [decoder.run(one | embedding) for one in asked]
-
-    alone: dict[str, Call] = {"encoder": lambda: encoder.run(image), "decoder": lambda: [decoder.run(one) for one in asked], TOGETHER: together}
-    if "proposer" in parts_of(model):
-        proposer = model.session("proposer")
-        alone["proposer"] = lambda: proposer.run({"image_embeddings": embedded})
-    return alone
+def parts_of(model: Opened) -> list[str]:
+    """The components that are timed alone, in the order of the manifest."""
+    return list(model.manifest.components)
 
 
 def latency(folders: Sequence[str], *, threads: int | None, prompts: int, warmup: int, repeats: int, max_seconds: float) -> dict[str, Any]:
     """Samples of every part of every artifact, all taken in turns in this process."""
     models = {str(i): opened(folder, threads) for i, folder in enumerate(folders)}
-    todo = {f"{i} {part}": call for i, (model, _) in models.items() for part, call in calls(model, prompts).items()}
+    todo = {f"{i} {part}": call for i, (model, _) in models.items() for part, call in model.calls(prompts).items()}
     found = interleave(todo, warmup=warmup, repeats=repeats, max_seconds=max_seconds)
     return {"artifacts": [_described(model, took, {part: found[f"{i} {part}"] for part in (*parts_of(model), TOGETHER)}) for i, (model, took) in models.items()],
             "circumstances": Circumstances.capture(threads=threads, warmup=warmup, repeats=repeats).model_dump(mode="json")}
@@ -73,11 +46,11 @@ def footprint(folder: str, *, threads: int | None, prompts: int) -> dict[str, An
     """Peak memory before opening, and after opening and one run of everything."""
     before = peak_memory_bytes()
     model, _ = opened(folder, threads)
-    calls(model, prompts)[TOGETHER]()
+    model.calls(prompts)[TOGETHER]()
     return {"peak_memory_bytes": peak_memory_bytes(), "baseline_bytes": before}
 
 
-def _described(model: ArtifactModel, took: dict[str, float], samples: dict[str, Samples]) -> dict[str, Any]:
+def _described(model: Opened, took: dict[str, float], samples: dict[str, Samples]) -> dict[str, Any]:
     parts = {part: {"samples_ms": samples[part].values, "warmup": samples[part].warmup, "steady": samples[part].steady, "load_ms": took[part],
                     "executed_precision": model.session(part).executed_precision, "executed_ops": model.session(part).executed_ops} for part in parts_of(model)}
     return {"id": model.name, "components": parts, "together_ms": samples[TOGETHER].values}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -101,22 +101,31 @@ def parse(name: str) -> StudentName:
         UsageError: no such student or setting (with the nearest one), or a value out of range.
     """
     owners = _owners()
-    if name in owners:
-        return StudentName(name)
-    base, colon, rest = name.partition(":")
-    if not colon:
-        base, _, rest = name.partition("-")
+    base = base_of(name, owners)
     if base not in owners:
         from edgekd.students import backbones
 
         if (backbone := backbones.canonical(name)) is not None:
             return StudentName(backbone)
         raise unknown("student", base, owners)
-    parsed = StudentName(base)
-    for part in rest.split("," if colon else "-"):
-        parsed = _apply(parsed, part.strip(), name, colon=bool(colon))
-    own = owners[base].configs[base].act
-    return replace(parsed, act=None) if parsed.act == own else parsed
+    return with_settings(name, base, owners[base].configs[base].act)
+
+
+def base_of(name: str, known: Container[str]) -> str:
+    """The part of a name before its settings, in either spelling; a name that is known as it stands has none."""
+    return name if name in known else name.partition(":" if ":" in name else "-")[0]
+
+
+def with_settings(name: str, base: str, act: str) -> StudentName:
+    """`base` with the settings that follow it in a name; its own activation `act` is left out.
+
+    Raises:
+        UsageError: no such setting, or a value out of range.
+    """
+    parsed, rest = StudentName(base), name[len(base):]
+    for part in rest[1:].split("," if rest[:1] == ":" else "-") if rest else []:
+        parsed = _apply(parsed, part.strip(), name, colon=rest[0] == ":")
+    return replace(parsed, act=None) if parsed.act == act else parsed
 
 
 def _apply(parsed: StudentName, part: str, name: str, *, colon: bool) -> StudentName:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HUB = re.compile(r"[\w][\w.-]*/[\w.-]+")
 HUB_FILE = re.compile(rf"([\w][\w.-]*/[\w.-]+)/([\w./-]+(?:{'|'.join(re.escape(s) for s in SUFFIXES)}))")
-WANTED = ["config.json", "*.safetensors", "model.safetensors.index.json"]
+WANTED = ["config.json", "preprocessor_config.json", "*.safetensors", "model.safetensors.index.json"]
 
 
 def forbidden() -> bool:

@@ -1,20 +1,45 @@
 """Promptable segmentation: a photo and a prompt in, a mask out. The task of the SAM family."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.protocols import PROMPTABLE
+
 if TYPE_CHECKING:
-    from edgekd.protocols import Dataset
+    import numpy as np
+
+    from edgekd.artifact import Manifest
+    from edgekd.checkpoint import Meta
+    from edgekd.protocols import Component, Dataset
+    from edgekd.tasks.promptable.exported import ArtifactModel
+    from edgekd.tasks.promptable.parity import Reference
+    from edgekd.tasks.promptable.predict import Prediction
+
+
+PHOTOS = 8
+"""Photos that a precision's masks are compared on."""
 
 
 class PromptableSegmentation:
     """Teachers and students are `edgekd.models.sam.Sam`, or offer the same (`edgekd.protocols.Promptable`)."""
 
-    name = "promptable_segmentation"
+    name = PROMPTABLE
     summary = "a photo and a point or box in, a mask out"
     outputs = frozenset({"embedding", "masks", "iou", "tokens", "truth", "boxes", "instances", "feats", "attention", "images", "teachers"})
-
     parts = ("encoder", "decoder", "prompt_encoder", "proposer")
+    photo_component = "encoder"
+    compared_by = "miou"
+
+    # --- models
+
+    def knows(self, reference: str) -> bool:
+        """Whether it is a teacher's name, weights of the SAM family, or a checkpoint of ours."""
+        from edgekd import teachers
+
+        return reference in teachers.names() or teachers.is_weights(reference)
 
     def teacher(self, name: str) -> Any:
         """A frozen teacher."""
@@ -42,11 +67,111 @@ class PromptableSegmentation:
         checkpoint.load_into(student, path)
         return student, f"shipped checkpoint {path.name}"
 
+    def student_name(self, name: str) -> str:
+        """The canonical spelling of a student's name."""
+        from edgekd import students
+
+        return str(students.parse(name))
+
     def labelled(self, dataset: Dataset, teacher: Any) -> Dataset:
         """The data with instances: its own, or the teacher's masks of everything."""
         from edgekd.tasks.promptable.pseudo import pseudo_label
 
         return dataset if dataset.has_masks else pseudo_label(teacher, dataset)
+
+    # --- checkpoints
+
+    def header(self, model: Any) -> dict[str, Any]:
+        """Sizes of the decoder, and of the proposer where there is one."""
+        from edgekd.models.proposer import BoxProposer
+
+        found = model.proposer
+        sizes = {"embed_dim": found.embed_dim, "width": found.width, "depth": found.depth} if isinstance(found, BoxProposer) else None
+        return {"shape": asdict(model.shape), "proposer": sizes}
+
+    def build(self, meta: Meta) -> Any:
+        """The untrained model that a header describes; its proposer is added when it is filled."""
+        from edgekd.models.sam import DecoderShape
+
+        if meta.kind == "teacher":
+            from edgekd import teachers, zoo
+
+            if meta.name in zoo.SPECS:
+                return zoo.build(meta.name, device="meta", image_size=meta.image_size)
+            return teachers.build(meta.name)
+        from edgekd import students
+
+        sizes: dict[str, Any] = dict(meta.shape)
+        return students.build(meta.name, image_size=meta.image_size, shape=DecoderShape(**sizes), preprocess=meta.preprocess)
+
+    # --- artifacts
+
+    def components(self, model: Any, signature: str = "batched") -> dict[str, Component]:
+        """Encoder, decoder, and the proposer where there is one."""
+        from edgekd.models.official_decoder import official_component
+        from edgekd.models.sam import components
+
+        return components(model) | ({"decoder": official_component(model)} if signature == "sam" else {})
+
+    def answers(self, model: Any, images: Any) -> dict[str, Any]:
+        """The embedding, and masks of two seeded prompts on the first image."""
+        import numpy as np
+        import torch
+
+        from edgekd.probes import probe
+
+        prompts = probe("points", 2, model.preprocess.side, np.random.default_rng(0))
+        embedding = model.embed(images)
+        return {"embedding": embedding, "masks": model.decode(embedding[:1], torch.from_numpy(prompts.points), torch.from_numpy(prompts.labels))[0]}
+
+    def reference(self, model: Any, images: np.ndarray, signature: str = "batched") -> Reference:
+        """The model's own embeddings and masks."""
+        from edgekd.tasks.promptable.parity import Reference
+
+        return Reference(model, images, signature=signature)
+
+    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> ArtifactModel:
+        """An exported promptable model."""
+        from edgekd.tasks.promptable.exported import ArtifactModel
+
+        return ArtifactModel(folder, manifest, threads=threads)
+
+    # --- use
+
+    def evaluate(self, model: Any, dataset: Dataset, *, teacher: Any = None, progress: Any = None, metrics: Sequence[str] | None = None,
+                 max_instances: int | None = None, boxes: str | None = None, **options: Any) -> Any:
+        """mIoU of boxes and clicks, or with `boxes` COCO's AP (`edgekd.tasks.promptable.scoring`, `.detection`); photos without masks are
+        labelled by the teacher, when there is one, and their name says so."""
+        from edgekd.errors import UsageError
+        from edgekd.tasks.promptable import detection, scoring
+        from edgekd.tasks.promptable.metrics import DEFAULT_GROUPS, check_groups
+
+        groups = check_groups(DEFAULT_GROUPS if metrics is None else metrics)
+        if boxes is not None and metrics is not None:
+            raise UsageError("boxes give AP and nothing else", hint="leave out --metrics, or --boxes")
+        dataset = dataset if teacher is None else self.labelled(dataset, teacher)
+        if boxes is not None:
+            return detection.detection_ap(model, dataset, boxes=None if boxes == "truth" else boxes, progress=progress)
+        most = scoring.MAX_INSTANCES if max_instances is None else max_instances
+        return scoring.evaluate(model, dataset, metrics=groups, teacher=teacher, max_instances=most, progress=progress, **options)
+
+    def predict(self, model: Any, image: Path, output: Path | None, **prompt: Any) -> Prediction:
+        """The mask that a prompt means, written to `output`."""
+        from edgekd.errors import UsageError
+        from edgekd.tasks.promptable.predict import predict_file
+
+        if output is None:
+            raise UsageError("there is no file to write the mask to", hint="give one with --output mask.png")
+        return predict_file(model, image, output, **prompt)
+
+    def compare(self, source: Any, models: Sequence[Any], dataset: Dataset) -> list[float]:
+        """mIoU of boxes around the source's own masks of everything."""
+        from edgekd.data import Subset
+        from edgekd.tasks.promptable import scoring
+        from edgekd.tasks.promptable.pseudo import pseudo_label
+
+        photos = pseudo_label(source, dataset if len(dataset) <= PHOTOS else Subset(dataset, range(PHOTOS)))
+        return [scoring.evaluate(model, photos).metrics["box_miou"] for model in models]
 
 
 task = PromptableSegmentation()

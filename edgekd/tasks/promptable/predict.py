@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,10 @@ class Prediction:
 
     mask: np.ndarray
     score: float | None
+
+    def document(self) -> dict[str, Any]:
+        """What `edgekd predict` shows."""
+        return {"area": int(self.mask.sum()), "predicted_iou": self.score}
 
 
 def predict(model: Promptable | Predictor, image: np.ndarray, *, points: Sequence[Point] = (), labels: Sequence[int] | None = None,

@@ -7,14 +7,15 @@ as SAM's do (arXiv 2304.02643, App. A). IoU at the photo's own resolution, mean 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgekd.data.prompts import Prompts, boxes_from_masks, center_clicks, error_clicks, sample_rng
 from edgekd.errors import UsageError
 from edgekd.protocols import Dataset, Promptable, Sample
+from edgekd.tasks.evaluation import Evaluation, Progress
 from edgekd.tasks.promptable.alternatives import oracle
 from edgekd.tasks.promptable.interactive import MOST_CLICKS, number_of_clicks
 from edgekd.tasks.promptable.metrics import AGREEMENTS, DEFAULT_GROUPS, GROUPS, bootstrap_interval, check_groups, iou
@@ -29,41 +30,6 @@ MIN_AREA = 0.0005
 MAX_INSTANCES = 12
 METRICS = tuple(name for group in DEFAULT_GROUPS for name in GROUPS[group])
 """The names of the default metrics."""
-
-
-class Progress(Protocol):
-    """What `edgekd.console.progress` yields."""
-
-    def advance(self, n: int = 1, **fields: object) -> None: ...
-
-
-@dataclass
-class Evaluation:
-    """Means over instances, their 95 % intervals, how they were made, and the values of each photo."""
-
-    model: str
-    metrics: dict[str, float]
-    teacher_agreement: dict[str, float] | None
-    interval95: dict[str, tuple[float, float]]
-    """Metric (`teacher_agreement.box` for agreements) -> (low, high), bootstrapped over photos."""
-    images: int
-    instances: int
-    protocol: dict[str, Any]
-    per_image: list[dict[str, Any]] = field(default_factory=list)
-    """One row a photo: `id`, `instances`, the mean of each metric over its instances, and under `counts` the number of instances of those
-    metrics that are over others (segment-everything's)."""
-
-    @property
-    def accuracy(self) -> dict[str, Any]:
-        """The numbers alone, as a report's `accuracy` holds them."""
-        agreement = {"teacher_agreement": self.teacher_agreement} if self.teacher_agreement else {}
-        return {**self.metrics, **agreement}
-
-    def to_dict(self, *, per_image: bool = True) -> dict[str, Any]:
-        """A JSON document, the metrics at the top."""
-        document = {"model": self.model, **self.accuracy, "images": self.images, "instances": self.instances,
-                    "interval95": {k: list(v) for k, v in self.interval95.items()}, "protocol": self.protocol}
-        return {**document, "per_image": self.per_image} if per_image else document
 
 
 @dataclass(frozen=True)
