@@ -77,12 +77,15 @@ def measured(values: Tensor, name: codec.CacheCodec) -> dict[str, Any]:
     raw = 2 * values.numel()
     each = (error.square().mean((0, 2, 3)) / values.float().var((0, 2, 3))).sqrt()
     signal = (values.float() - values.float().mean((0, 2, 3), keepdim=True)).square().mean()
+    speeds: dict[str, float | None] = dict.fromkeys(("encode_mb_s", "decode_mb_s", "decode_ms_per_image"))
+    if name != "fp16":  # nothing is computed
+        reading = seconds(lambda: [decode(r) for r in records])
+        speeds = {"encode_mb_s": round(raw / 1e6 / seconds(lambda: codec.encode(values, name)), 1), "decode_mb_s": round(raw / 1e6 / reading, 1),
+                  "decode_ms_per_image": round(1e3 * reading / len(records), 3)}
     return {"codec": name, "shape": list(values.shape), "bits_per_value": round(8 * size / values.numel(), 3), "ratio_to_fp16": round(size / raw, 4),
             "records_alone_ratio": round(sum(r.nbytes for r in coded.records) / raw, 4), "rotated": "basis" in coded.shared, "step": coded.step,
             "snr_db": round(float(10 * (signal / error.square().mean()).log10()), 2) if name != "fp16" else None,
-            "worst_channel_relative_error": round(float(each.max()), 4), "encode_mb_s": round(raw / 1e6 / seconds(lambda: codec.encode(values, name)), 1),
-            "decode_mb_s": round(raw / 1e6 / seconds(lambda: [decode(r) for r in records]), 1),
-            "decode_ms_per_image": round(1e3 * seconds(lambda: [decode(r) for r in records]) / len(records), 3)}
+            "worst_channel_relative_error": round(float(each.max()), 4), **speeds}
 
 
 def by_step(teacher: Any, embedding: Tensor) -> list[dict[str, Any]]:
@@ -136,7 +139,8 @@ def distilled(teacher: Any, given: argparse.Namespace, known: dict[str, Any], ke
     about = {"student": STUDENT, "image_size": SIZE, "steps": given.steps, "batch_size": 8, "trained_on": [d.name for d in data], "judged_on": judged.name}
     rows: list[dict[str, Any]] = known.get("rows", []) if all(known.get(k) == v for k, v in about.items()) else []
     with tempfile.TemporaryDirectory() as folder:
-        for seed, arm in ((s, a) for s in range(given.seeds) for a in ("fp16", "packed", "int8")):
+        order = [(s, a) for s in range(given.seeds) for a in ("fp16", "packed")] + [(s, "int8") for s in range(given.seeds)]
+        for seed, arm in order:
             if any((r["seed"], r["arm"]) == (seed, arm) for r in rows):
                 continue
             sources = [Source(d, build_cache(teacher, d, Path(folder) / f"{arm}{n}", codec=arm)) for n, d in enumerate(data)]  # type: ignore[arg-type]
@@ -151,7 +155,7 @@ def distilled(teacher: Any, given: argparse.Namespace, known: dict[str, Any], ke
             rows.append({"arm": arm, "seed": seed, "cache_ratio": round(ratio, 4), "cpu_seconds": round(time.process_time() - begun, 1),
                          "first_loss": curve[0]["loss"], "last_loss": statistics.fmean(r["loss"] for r in curve[-20:]), **{m: found[m] for m in METRICS}})
             print(json.dumps(rows[-1]), flush=True)
-            keep({**about, "rows": rows})
+            keep({**about, "rows": rows, "differences": {a: differences(rows, a) for a in ("packed", "int8")}})
     untrained = evaluate(task.student(STUDENT, SIZE, teacher)[0], judged, metrics=("box", "center"), max_instances=6).to_dict(per_image=False)
     return {**about, "untrained": {m: untrained[m] for m in METRICS}, "rows": rows, "differences": {arm: differences(rows, arm) for arm in ("packed", "int8")}}
 
@@ -160,12 +164,14 @@ def differences(rows: list[dict[str, Any]], arm: str) -> dict[str, Any]:
     """An arm minus raw fp16, paired by seed, in points; `seed_spread` is the standard deviation of fp16 over seeds."""
     found: dict[str, Any] = {}
     for metric in METRICS:
-        of = {a: [100 * r[metric] for r in rows if r["arm"] == a] for a in ("fp16", arm)}
-        pairs = [b - a for a, b in zip(of["fp16"], of[arm], strict=True)]
+        of = {a: {r["seed"]: 100 * r[metric] for r in rows if r["arm"] == a} for a in ("fp16", arm)}
+        pairs = [of[arm][s] - of["fp16"][s] for s in sorted(of["fp16"].keys() & of[arm].keys())]
+        if not pairs:
+            continue
         n, mean, spread = len(pairs), statistics.fmean(pairs), statistics.stdev(pairs) if len(pairs) > 1 else 0.0
         half = float(stats.t.ppf(0.975, n - 1)) * spread / n**0.5 if n > 1 else None
         found[metric] = {"mean": round(mean, 3), "each": [round(p, 3) for p in pairs], "interval_95": None if half is None else [round(mean - half, 3), round(mean + half, 3)],
-                         "seed_spread": round(statistics.stdev(of["fp16"]), 3) if n > 1 else None}
+                         "seeds": n, "seed_spread": round(statistics.stdev(of["fp16"].values()), 3) if n > 1 else None}
     return found
 
 

@@ -61,7 +61,7 @@ class Scale:
     more: int = 150
     league: int = 150
     images: int = 400
-    small: tuple[int, ...] = (40, 150)
+    small: tuple[int, ...] = (40,)
     scenes: int = 60
     photos: int = 40
     instances: int = 6
@@ -139,7 +139,7 @@ class Bench:
         data = self.data(images)
         keys: dict[str, str] = {}
         for arm in arms:
-            key = fingerprint([[s.model_dump() for s in arm.stages], keys.get(arm.start or ""), seed, images, STUDENT, SIZE, self.scale.scenes, self.scale.photos])
+            key = fingerprint([[s.model_dump(exclude_defaults=True) for s in arm.stages], keys.get(arm.start or ""), seed, images, STUDENT, SIZE, self.scale.scenes, self.scale.photos])
             keys[arm.name] = key
             kept, weights = self.work / f"{key}.json", self.work / f"{key}.safetensors"
             if not kept.is_file() or not weights.is_file():

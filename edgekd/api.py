@@ -16,6 +16,7 @@ from edgekd import console
 from edgekd import recipe as recipes
 from edgekd import target as targets
 from edgekd.errors import EdgekdError, UsageError, unknown
+from edgekd.protocols import PROMPTABLE
 from edgekd.workspace import write_atomic
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ def _options(target: str, data: str | Path, teacher: str | None, recipe: str | P
     from edgekd import pipeline
 
     found = load_recipe(recipe, sets=sets, teacher=teacher, budget={"latency_ms": budget_ms, "size_mb": budget_mb})
+    if found.task != PROMPTABLE:
+        raise UsageError(f"the loop is for {PROMPTABLE}, and recipe '{found.name}' is of the task {found.task}",
+                         hint=f"edgekd distill --recipe {recipe} --data {data} --output DIR, then edgekd export, profile and evaluate")
     device = targets.resolve(target)
     folder = Path(output) if output is not None else run_folder(target=target, recipe=recipe, teacher=teacher)
     return pipeline.CompressOptions(recipe=found, target=device, data=str(data), output=folder, resume=resume,
@@ -97,11 +101,15 @@ def verify_cache(*, folder: Path) -> dict[str, Any]:
 
 
 def distill(*, data: str | Path, output: Path, recipe: str | Path = "default", teacher: str | None = None, student: str | None = None,
-            sets: Sequence[str] = ()) -> dict[str, Any]:
-    """Train a recipe's first student (or `student`) from the teacher; says where the checkpoint is and how the loss went."""
-    from edgekd.distillation import verbs
+            sets: Sequence[str] = (), tensorboard: bool = False) -> dict[str, Any]:
+    """Train a recipe's first student (or `student`) from the teacher; says where the checkpoint is and how the loss went.
 
-    return verbs.distill(recipe=load_recipe(recipe, sets=sets, teacher=teacher), data=str(data), output=Path(output), student=student)
+    The log is written as `log.jsonl` and `log.csv`, and drawn as `curve.svg`; `tensorboard` adds event files (extra `tracking`)."""
+    from edgekd.distillation import verbs
+    from edgekd.report import learning
+
+    found = verbs.distill(recipe=load_recipe(recipe, sets=sets, teacher=teacher), data=str(data), output=Path(output), student=student, tensorboard=tensorboard)
+    return {**found, "curve": learning.draw(Path(found["log"]))}
 
 
 def train(*, recipe: str | Path, output: Path, sets: Sequence[str] = ()) -> dict[str, Any]:

@@ -4,24 +4,28 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgekd import plugins, recipe, target
 from edgekd.errors import unknown
+from edgekd.protocols import PROMPTABLE
 
 Row = dict[str, Any]
 
 
 def teachers() -> list[Row]:
-    from edgekd import teachers
-
-    return [{"name": name, **teachers.describe(name)} for name in teachers.names()]
+    return _of_tasks("teachers")
 
 
 def students() -> list[Row]:
-    from edgekd import students
+    return _of_tasks("students")
 
-    return [{"name": name, **students.describe(name)} for name in students.names()]
+
+def _of_tasks(kind: Literal["teachers", "students"]) -> list[Row]:
+    from edgekd import tasks
+
+    found = sorted(tasks.registry().values(), key=lambda task: task.name != PROMPTABLE)
+    return [row for task in found for row in task.listed(kind)]
 
 
 def models() -> list[Row]:
@@ -65,7 +69,7 @@ def objectives() -> list[Row]:
 def tasks() -> list[Row]:
     from edgekd import tasks
 
-    return [{"name": name} for name in tasks.names()]
+    return [{"name": t.name, "summary": t.summary, "gives": sorted(t.outputs), "parts": list(t.parts)} for t in tasks.registry().values()]
 
 
 def recipes() -> list[Row]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from edgekd.errors import EdgekdError
 
+
 @dataclass(frozen=True)
 class Limits:
     """What still counts as the same model: the largest difference, `max_abs` in the outputs' own unit or `max_relative` as a share of the

@@ -128,8 +128,13 @@ class Task(Protocol):
 
     # --- models
 
+    def listed(self, kind: Literal["teachers", "students"]) -> list[dict[str, Any]]:
+        """The rows of `edgekd list`: what this task alone knows by name, with its facts. Loads no weights."""
+        ...
+
     def knows(self, reference: str) -> bool:
-        """Whether a name, folder or id is a teacher of this task, told from its form and, of a folder, its description. Loads nothing."""
+        """Whether a name, folder or id is a model of this task before it is one of any other, told from its form and, of a folder, its
+        description. Loads nothing."""
         ...
 
     def teacher(self, name: str) -> Any:

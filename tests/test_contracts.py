@@ -113,7 +113,7 @@ def test_objective__is_least_where_the_student_is_the_teacher(name: str) -> None
 def test_recipe__names_only_what_there_is(name: str) -> None:
     found = recipe.resolve(name)
     task = tasks.get(found.task)
-    assert task.knows(found.teacher) or huggingface.is_hub(found.teacher)
+    assert tasks.knowing(found.teacher) is not None or huggingface.is_hub(found.teacher)
     for student in found.students:
         task.student_name(student.name)
     for stage in found.stages:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,13 @@ def test_distill__under_torchrun_one_voice_one_document(tmp_path: Path, root: Pa
     assert "Warning" not in done.stderr
 
 
+def test_cache__is_made_by_both(tmp_path: Path, make_photos: Callable[..., Path]) -> None:
+    photos = make_photos(5)
+    done = launched(2, "-m", "edgekd", "cache", "--teacher", "sam_nano", "--data", photos, "--output", tmp_path / "cache", "--json")
+    assert [d.returncode for d in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert json.loads(done[0].stdout)["images"] == 5 and not done[1].stdout and not done[1].stderr
+
+
 FAILING = """
 import sys
 from edgekd import console
@@ -243,6 +251,7 @@ def test_a_step__makes_its_tensors_where_the_batch_is(monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="device"):
         torch.zeros(3, device=meta) + torch.zeros(3)
     monkeypatch.setattr("edgekd.distillation.batches.draw_masks", lambda labels, n, _: labels[:, None].expand(-1, n, -1, -1).flatten(0, 1) > 0)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # torch has no autocast there to ask about
     teacher, source = prepare(tmp_path)
     one = trainer("everything", teacher, source, tmp_path, BATCH)
     one.step_module.to(meta)

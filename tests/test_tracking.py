@@ -60,3 +60,29 @@ def test_tensorboard__missing_is_told_with_the_command(tmp_path: Path, monkeypat
     with pytest.raises(UsageError, match="not installed") as caught:
         tracking.summary_writer(tmp_path)
     assert "pip install" in str(caught.value.hint)
+
+
+def test_curve__a_panel_a_stage(tmp_path: Path) -> None:
+    from xml.etree import ElementTree
+
+    from edgekd.report import learning
+
+    with Tracker(tmp_path) as tracker:
+        for stage, loss in (("encoder", 4.0), ("prompts", 2.0)):
+            for step in range(1, 6):
+                tracker.log(stage, {"step": step, "loss": loss / step})
+        tracker.log("prompts", {"step": 6, "loss": -1.0})
+    drawn = learning.draw(tmp_path / "log.jsonl")
+    assert drawn == str(tmp_path / "curve.svg")
+    root = ElementTree.parse(drawn).getroot()
+    titles = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text") if e.get("class") == "title"]
+    assert titles == ["loss, encoder", "loss, prompts"]
+    assert sum(1 for e in root.iter("{http://www.w3.org/2000/svg}path") if e.get("class") == "line") == 2
+
+
+def test_curve__none_without_two_steps(tmp_path: Path) -> None:
+    from edgekd.report import learning
+
+    with Tracker(tmp_path) as tracker:
+        tracker.log("encoder", {"step": 1, "loss": 1.0})
+    assert learning.draw(tmp_path / "log.jsonl") is None and learning.draw(tmp_path / "nothing.jsonl") is None

@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,6 @@ def main(folder: Path) -> None:
         train_some("prompts", teacher, source, folder / "sharded-then-one", BATCH // 2, 2)
         told["one, sharded"] = train("prompts", teacher, source, folder / "one-then-sharded", BATCH // 2)
         torch.save(told, folder / f"process{group.rank}.pt")
-    (folder / f"process{group.rank}.json").write_text(json.dumps({"rank": group.rank, "world": group.world, "device": str(group.device)}))
 
 
 if __name__ == "__main__":

@@ -82,12 +82,15 @@ def cache(
 def distill(
     data: Data, output: Output, teacher: Teacher = None, recipe: RecipeName = "default",
     student: Annotated[str | None, typer.Option("--student", help="Which student of the recipe; the first when left out.")] = None,
-    sets: Sets = None, json: Json = False,
+    sets: Sets = None, tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard event files too.")] = False, json: Json = False,
 ) -> int:
-    """Train one student from a teacher."""
+    """Train one student from a teacher.
+
+    Leaves a checkpoint, the log (JSONL and CSV) and its curve in the output folder. The same command again continues.
+    """
     from edgekd import api
 
-    return show(api.distill(data=data, output=output, recipe=recipe, teacher=teacher, student=student, sets=sets or []), json)
+    return show(api.distill(data=data, output=output, recipe=recipe, teacher=teacher, student=student, sets=sets or [], tensorboard=tensorboard), json)
 
 
 @app.command()

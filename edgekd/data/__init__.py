@@ -3,8 +3,10 @@ procedural scenes."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from edgekd import workspace
 from edgekd.data.coco import Coco
@@ -43,6 +45,12 @@ class Subset:
 
     def classes_of(self, index: int) -> int | None:
         return self.dataset.classes_of(self.indices[index]) if self.has_classes else None  # type: ignore[attr-defined]
+
+    @property
+    def label_map(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]] | None:
+        """The dataset's own way to one map of all masks of a photo, where it has one."""
+        found = getattr(self.dataset, "label_map", None)
+        return None if found is None else lambda index: found(self.indices[index])
 
     @property
     def labels(self) -> str:

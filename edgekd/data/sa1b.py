@@ -136,6 +136,11 @@ class Sa1b:
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
+    def label_map(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """A photo and one map of its masks (`with_labels`)."""
+        stem, photo, _ = self._items[index]
+        return with_labels(f"{stem}{PHOTO}", photo.read(), self._notes(index))
+
     def annotations(self, index: int) -> list[dict[str, Any]]:
         """As the json has them: `segmentation`, `bbox` (x, y, w, h), `point_coords` (the click SA-1B's mask was made from), `predicted_iou`, ..."""
         return list(self._notes(index)["annotations"])
@@ -158,15 +163,57 @@ def with_masks(name: str, data: bytes, notes: dict[str, Any]) -> tuple[np.ndarra
     Raises:
         EdgekdError: photo and json do not fit each other.
     """
+    image = _image(name, data, notes)
+    masks = np.zeros((len(notes["annotations"]), *image.shape[:2]), dtype=bool)
+    for mask, annotation in zip(masks, notes["annotations"], strict=True):
+        mask[:] = decode_segmentation(annotation["segmentation"], *image.shape[:2], where=f"{os.path.splitext(name)[0]}{NOTES}")
+    return image, masks[masks.any(axis=(1, 2))]
+
+
+def with_labels(name: str, data: bytes, notes: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """A photo (H, W, 3) uint8 and one map (H, W) int16 of its masks, numbered from 1 in their order, small ones on top; 0 elsewhere, 1 everywhere
+    of a photo without any. The same as painting `with_masks`, in a thirtieth of the time: a hundred masks of a whole photo are never made.
+
+    Raises:
+        EdgekdError: photo and json do not fit each other.
+    """
+    image = _image(name, data, notes)
+    painted: list[tuple[int, int, tuple[np.ndarray, np.ndarray]]] = []
+    for annotation in notes["annotations"]:
+        try:
+            edges = run_edges(annotation["segmentation"]["counts"])
+        except (TypeError, ValueError, IndexError) as e:
+            raise EdgekdError(f"a run-length mask cannot be read: {e}", where=f"{os.path.splitext(name)[0]}{NOTES}") from e
+        if area := int((edges[1] - edges[0]).sum()):
+            painted.append((area, len(painted) + 1, edges))
+    labels = np.full(image.shape[0] * image.shape[1], 0 if painted else 1, np.int16)  # column by column, as the runs go
+    for _, number, (starts, ends) in sorted(painted, key=lambda one: -one[0]):
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            labels[start:end] = number
+    return image, np.ascontiguousarray(labels.reshape(image.shape[1], image.shape[0]).T)
+
+
+def run_edges(counts: str | bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Where the runs of a mask start and end in its pixels, column by column, from COCO's compressed counts: groups of five bits, the lowest
+    first, of each count's difference to the one before the last."""
+    groups = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero((groups & 32) == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    shift = 5 * (np.arange(len(groups)) - np.repeat(first, last - first + 1))
+    found = np.add.reduceat((groups & 31) << shift, first)
+    found[(groups[last] & 16) != 0] -= (1 << (shift[last] + 5))[(groups[last] & 16) != 0]
+    found[1::2], found[2::2] = found[1::2].cumsum(), found[2::2].cumsum()
+    edges = found.cumsum()
+    return edges[: len(edges) // 2 * 2 : 2], edges[1::2]
+
+
+def _image(name: str, data: bytes, notes: dict[str, Any]) -> np.ndarray:
     image, size = read_image(name, data=data), (notes["image"]["height"], notes["image"]["width"])
     if image.shape[:2] != size:  # annotated as stored, before EXIF turned it
         image = read_image(name, data=data, orient=False)
     if image.shape[:2] != size:
         raise ImageError(f"the image is {image.shape[1]} x {image.shape[0]} pixels, its json says {size[1]} x {size[0]}", where=name)
-    masks = np.zeros((len(notes["annotations"]), *size), dtype=bool)
-    for mask, annotation in zip(masks, notes["annotations"], strict=True):
-        mask[:] = decode_segmentation(annotation["segmentation"], *size, where=f"{os.path.splitext(name)[0]}{NOTES}")
-    return image, masks[masks.any(axis=(1, 2))]
+    return image
 
 
 def members(tar: Path, damaged: list[str]) -> Iterator[tuple[str, Span]]:

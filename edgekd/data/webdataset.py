@@ -16,7 +16,7 @@ from edgekd import workspace
 from edgekd.data import tar_index
 from edgekd.data.checks import file_stamp, warn_skipped
 from edgekd.data.images import read_image
-from edgekd.data.sa1b import Sa1b, members, parse_notes, with_masks
+from edgekd.data.sa1b import Sa1b, Span, members, parse_notes, with_labels, with_masks
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.protocols import Sample
 
@@ -56,7 +56,7 @@ class Shards:
                 self.has_masks = masks and bool(noted.any())
             self.skipped += index.skipped
             if self.has_masks:
-                self.skipped += [f"{index.key(i)}: has no annotations" for i in np.flatnonzero(~noted)]
+                self.skipped += [f"{index.key(int(i))}: has no annotations" for i in np.flatnonzero(~noted)]
             rows = np.flatnonzero(noted) if self.has_masks else np.arange(len(index))
             self._indices.append(index)
             self._rows.append(rows if limit is None else rows[: limit - sum(map(len, self._rows))])
@@ -98,15 +98,25 @@ class Shards:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Sample:
+        name, data, notes = self._bytes(index)
+        if not self.has_masks:
+            return Sample(name, read_image(name, data=data), label=self.classes_of(index))
+        return Sample(name, *with_masks(name, data, parse_notes(notes, name)), label=self.classes_of(index))
+
+    def label_map(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """A photo and one map of its masks (`sa1b.with_labels`), which takes a fraction of the time of the masks."""
+        name, data, notes = self._bytes(index)
+        if not self.has_masks:
+            image = read_image(name, data=data)
+            return image, np.ones(image.shape[:2], np.int16)
+        return with_labels(name, data, parse_notes(notes, name))
+
+    def _bytes(self, index: int) -> tuple[str, bytes, Span]:
+        """Name and content of a photo, and where its annotations are."""
         found, row = self._at(index)
         suffix, photo = found.photo(row)
         name = f"{found.key(row)}.{suffix}" if len(self.tars) == 1 else f"{found.tar.stem}/{found.key(row)}.{suffix}"
-        data = photo.read()
-        if not self.has_masks:
-            return Sample(name, read_image(name, data=data), label=self.classes_of(index))
-        notes = found.beside(row, "notes")
-        assert notes is not None
-        return Sample(name, *with_masks(name, data, parse_notes(notes, found.key(row))), label=self.classes_of(index))
+        return name, photo.read(), found.beside(row, "notes") or Span(found.tar, 0, 0)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))

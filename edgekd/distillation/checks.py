@@ -41,8 +41,10 @@ def check_recipe(recipe: Recipe) -> list[Stage]:
                 raise unknown("trainable part", part, task.parts)
         if stage.init_from is not None and not Path(stage.init_from).is_file():
             raise UsageError(f"there is no checkpoint '{stage.init_from}' to start from", where=f"stage {stage.name}", hint="take init_from out, or give a .safetensors file")
-    taught = {f"stage {s.name}" for s in recipe.stages if s.teacher_from}  # an assistant and the recipe's teacher are two
-    for point, name, plugin, where in plugins_of(recipe.stages):
+    list(plugins_of(recipe.stages))  # names and options, before a controller makes other stages of them
+    stages = expand(recipe.stages)
+    taught = {f"stage {s.name}" for s in stages if s.teacher_from}  # an assistant and the recipe's teacher are two
+    for point, name, plugin, where in plugins_of(stages):
         missing = sorted(plugin.needs - task.outputs)
         if missing:
             fitting = [t.name for t in tasks.registry().values() if plugin.needs <= t.outputs]
@@ -50,7 +52,6 @@ def check_recipe(recipe: Recipe) -> list[Stage]:
                              hint=f"it is for {', '.join(fitting) or 'another task'}; `edgekd list objectives` says what each needs")
         if "teachers" in plugin.needs and not recipe.more_teachers and where not in taught:
             raise UsageError(f"{point} '{name}' compares with several teachers, and the recipe has one", where=where, hint="add more_teachers: [NAME]")
-    stages = expand(recipe.stages)
     check_generations(stages)
     return stages
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd import checkpoint
-from edgekd.distillation.batches import Batch, Batches
+from edgekd.distillation.batches import Ahead, Batch, Batches
 from edgekd.distillation.distributed import current, gathered, load, load_optimizer, moved, placed, plain_norms, shared_copy, sync_norms
 from edgekd.distillation.draws import Draws, Source
 from edgekd.distillation.generations import build_assistants, end_loss, teachers_of
@@ -67,6 +67,7 @@ class StageTrainer:
         self.average = {k: v.detach().clone() for k, v in student.state_dict().items()} if stage.ema else None
         self.plain, self.model = self.step_module, cast(nn.Module, self.step_module)
         self.started, self.step, self.seen, self.result = False, 0, 0, StageResult(stage.name)
+        self.ahead: Ahead | None = None
 
     # --- one step -------------------------------------------------------------------------------------------------------
 
@@ -74,6 +75,13 @@ class StageTrainer:
         """Which images of the stream are this process's in the `part`-th batch from here."""
         first = self.seen + (part * self.group.world + self.group.rank) * self.batch_size
         return range(first, first + self.batch_size)
+
+    def batch(self, part: int) -> Batch:
+        """The `part`-th batch from here; while `run` lasts it was made during the step before."""
+        if self.ahead is None:
+            return self.batches.batch(self.numbers(part))
+        last = self.step + 1 >= self.stage.steps and part + 1 == self.stage.accumulate
+        return self.ahead.batch(self.numbers(part), range(0) if last else self.numbers(part + 1))
 
     def losses(self, batch: Batch, draws: Source) -> dict[str, Tensor]:
         """Losses (B,) by objective, as they are added up: with the recipe's weights, and what controllers make of them."""
@@ -85,7 +93,7 @@ class StageTrainer:
         stage, group, found = self.stage, self.group, dict[str, Tensor]()
         for part in range(stage.accumulate):
             draws = Draws(stage.seed * 1_000_003 + self.step * stage.accumulate + part, group.rank, group.world)
-            batch = moved(self.batches.batch(self.numbers(part)), group.device)
+            batch = moved(self.batch(part), group.device)
             with group.collecting(self.model, part == stage.accumulate - 1):
                 losses = {name: loss.mean() / stage.accumulate for name, loss in self.losses(batch, draws).items()}
                 torch.stack(list(losses.values())).sum().backward()
@@ -133,14 +141,18 @@ class StageTrainer:
         self.resume()
         begun = saved = time.monotonic()
         self.set_modes()
-        while self.step < self.stage.steps:
-            row = self.train_step()
-            self.result.curve.append(row)
-            if on_step:
-                on_step(row)
-            if self.group.agreed(time.monotonic() - saved > CHECKPOINT_SECONDS):
-                self.save()
-                saved = time.monotonic()
+        try:
+            with Ahead(self.batches) as self.ahead:
+                while self.step < self.stage.steps:
+                    row = self.train_step()
+                    self.result.curve.append(row)
+                    if on_step:
+                        on_step(row)
+                    if self.group.agreed(time.monotonic() - saved > CHECKPOINT_SECONDS):
+                        self.save()
+                        saved = time.monotonic()
+        finally:
+            self.ahead = None
         self.finish()
         self.result.seconds += time.monotonic() - begun
         return self.result
@@ -253,6 +265,10 @@ def trainable_parts(student: Any, stage: Stage) -> list[nn.Module]:
     return chosen
 
 
+NEAREST = {"proposer": "box_proposals", "head": "kd"}
+"""Part of a student -> an objective that trains it, for messages."""
+
+
 def check_reach(student: Any, stage: Stage, objectives: Sequence[Objective]) -> None:
     """Every part that a stage trains must be reached by one of its objectives.
 
@@ -261,11 +277,11 @@ def check_reach(student: Any, stage: Stage, objectives: Sequence[Objective]) -> 
     """
     reached = {"encoder": any(o.needs for o in objectives), "proposer": any("boxes" in o.needs for o in objectives)}
     reached["decoder"] = reached["prompt_encoder"] = any(o.needs & PER_PROMPT for o in objectives)
-    reached["head"] = any(o.needs & {"logits", "pooled", "embedding", "images"} for o in objectives)
+    reached["head"] = any(o.needs & {"logits", "pooled", "embedding", "images"} or ("feats" in o.needs and o.default_taps == "embedding") for o in objectives)
     idle = [part for part in map(part_of, stage.trainable) if not reached.get(part, True)]
     if idle:
         raise UsageError(f"no objective of the stage trains the {idle[0]}", where=f"stage {stage.name}",
-                         hint=f"take {idle[0]} out of 'trainable', or add an objective: {'box_proposals' if idle[0] == 'proposer' else 'prompt_masks'}")
+                         hint=f"take {idle[0]} out of 'trainable', or add an objective: {NEAREST.get(idle[0], 'prompt_masks')}")
     if reached["proposer"] and getattr(student, "proposer", None) is None:
         raise UsageError(f"the student '{student.name}' proposes no boxes", where=f"stage {stage.name}", hint="add proposer to 'trainable'")
 

@@ -12,9 +12,10 @@ from edgekd.data import open_data
 from edgekd.distillation import points
 from edgekd.distillation.cache import build_cache, estimate_cache, open_cache
 from edgekd.distillation.checks import check_data, check_recipe
-from edgekd.distillation.distributed import joined
+from edgekd.distillation.distributed import joined, lent
 from edgekd.distillation.material import TrainingData, load_teachers, open_training_data
-from edgekd.distillation.trainer import StageResult, train_stages
+from edgekd.distillation.tracking import Tracker
+from edgekd.distillation.trainer import Row, StageResult, train_stages
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.models.sam import Sam
 from edgekd.protocols import PROMPTABLE
@@ -24,14 +25,18 @@ from edgekd.workspace import fingerprint, run_lock, sha256, usable_folder
 
 def cache(*, teacher: str, data: str, output: Path, split: str | None = None, limit: int | None = None, codec: CacheCodec = "packed",
           dry_run: bool = False) -> dict[str, Any]:
-    """Embed every image of `data` with a teacher into `output`, or only say what that would cost."""
-    model, dataset = teachers.load(teacher), open_data(data, split=split, limit=limit, masks=False)
-    head = {"cache": str(output), "teacher": teacher, "codec": codec, "images": len(dataset)}
-    if dry_run:
-        told = estimate_cache(model, dataset, output, codec=codec)
-        return head | ({"estimate": told.to_dict()} if told else {"estimate": None, "note": "everything is there"})
-    with run_lock(output), console.progress(len(dataset), f"cache {teacher}") as progress:
-        made = build_cache(model, dataset, output, codec=codec, on_images=progress.advance)
+    """Embed every image of `data` with a teacher into `output`, or only say what that would cost; of several processes each makes its share."""
+    with joined() as group:
+        with group.in_turn():
+            model, dataset = teachers.load(teacher), open_data(data, split=split, limit=limit, masks=False)
+        head = {"cache": str(output), "teacher": teacher, "codec": codec, "images": len(dataset)}
+        with lent([model], group.device):
+            if dry_run:
+                told = estimate_cache(model, dataset, output, codec=codec)
+                return head | ({"estimate": told.to_dict()} if told else {"estimate": None, "note": "everything is there"})
+            with run_lock(output) if group.first else nullcontext(), console.progress(len(dataset), f"cache {teacher}") as progress:
+                made = build_cache(model, dataset, output, codec=codec, on_images=progress.advance, rank=group.rank, world=group.world)
+                group.wait()
     index, raw = made.index, made.raw_bytes_per_image
     each = made.bytes / len(dataset)
     return head | {"shards": len(index["shards"]), "shards_made": made.made, "bytes": made.bytes, "bytes_per_image": each, "raw_fp16_bytes_per_image": raw,
@@ -51,12 +56,18 @@ def new_student(name: str, image_size: int, teacher: Any, task: str = "promptabl
     return tasks.get(task).student(name, image_size, teacher)
 
 
-def train_student(student: Any, teachers: Mapping[str, Any], stages: Sequence[Stage], data: TrainingData, folder: Path) -> list[StageResult]:
-    """Train `student` in place through `stages` with a progress display, resuming from `folder`."""
+def train_student(student: Any, teachers: Mapping[str, Any], stages: Sequence[Stage], data: TrainingData, folder: Path,
+                  tracker: Tracker | None = None) -> list[StageResult]:
+    """Train `student` in place through `stages` with a progress display, resuming from `folder`; `tracker` is told every step."""
     task, size, teacher = tasks.get(getattr(student, "task", PROMPTABLE)), student.preprocess.image_size, next(iter(teachers.values()))
     with console.progress(sum(s.steps for s in stages), f"distil {student.name}-{size}") as progress:
-        return train_stages(student, teachers, stages, data.batches, usable_folder(folder),
-                            on_step=lambda stage, row: progress.advance(stage=stage, loss=row["loss"]), build=lambda name: task.student(name, size, teacher)[0])
+
+        def on_step(stage: str, row: Row) -> None:
+            progress.advance(stage=stage, loss=row["loss"])
+            if tracker is not None:
+                tracker.log(stage, row)
+
+        return train_stages(student, teachers, stages, data.batches, usable_folder(folder), on_step=on_step, build=lambda name: task.student(name, size, teacher)[0])
 
 
 def training_key(stages: Sequence[Stage], student: Any, teachers: Mapping[str, Any], data: TrainingData) -> str:
@@ -66,7 +77,7 @@ def training_key(stages: Sequence[Stage], student: Any, teachers: Mapping[str, A
 
 
 def curve_summary(results: Sequence[StageResult]) -> dict[str, Any]:
-    """First and last loss of the last stage (means over a tenth of its steps), and of every stage."""
+    """First and last loss (means over a tenth of the steps) of every stage; `loss` is that of the first, whose objectives later stages may not have."""
     def ends(result: StageResult) -> dict[str, float]:
         losses = [r["loss"] for r in result.curve if r["loss"] >= 0]
         n = max(1, len(losses) // 10)
@@ -76,8 +87,8 @@ def curve_summary(results: Sequence[StageResult]) -> dict[str, Any]:
     return {"loss": next(iter(stages.values()), {}), "stages": stages, "bad_steps": sum(r.bad_steps for r in results)}
 
 
-def distill(*, recipe: Recipe, data: str, output: Path, student: str | None = None) -> dict[str, Any]:
-    """Distil one student of a recipe; the checkpoint's path, the losses and where it started."""
+def distill(*, recipe: Recipe, data: str, output: Path, student: str | None = None, tensorboard: bool = False) -> dict[str, Any]:
+    """Distil one student of a recipe; the checkpoint's path, the losses, the log and where it started."""
     stages, task = check_recipe(recipe), tasks.get(recipe.task)
     known = {s.name: s for s in recipe.students}
     name = student or next(iter(known), None)
@@ -95,11 +106,12 @@ def distill(*, recipe: Recipe, data: str, output: Path, student: str | None = No
         model, start = task.student(name, size, teacher)
         group.agree_on(model)
         key = training_key(stages, model, taught, material)
-        results = train_student(model, taught, stages, material, Path(output) / "stages" / key)
+        with Tracker(Path(output), tensorboard=tensorboard) if group.first else nullcontext() as tracker:
+            results = train_student(model, taught, stages, material, Path(output) / "stages" / key, tracker)
         path = Path(output) / f"{model.name}-{size}{checkpoint.SUFFIX}"
         if group.first:
             checkpoint.save(model, path, teacher=teacher.name, history={"recipe": recipe.name, "start": start, "data": data})
-    return {"checkpoint": str(path), "student": model.name, "image_size": size, "start": start, "images": material.images,
+    return {"checkpoint": str(path), "student": model.name, "image_size": size, "start": start, "images": material.images, "log": str(Path(output) / "log.jsonl"),
             "skipped": material.skipped, **curve_summary(results)}
 
 

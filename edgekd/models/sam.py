@@ -68,6 +68,8 @@ class Attention(nn.Module):
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         bias = None if key_bias is None else key_bias.to(q.dtype)
         if min(q.shape[2], k.shape[2]) <= FEW and not in_graph():
+            if (q.shape[2] <= k.shape[2]) != (len(q) >= len(k)):  # an image of fewer cells than a prompt has tokens
+                q, k, v = (repeated(x, max(len(q), len(k))) for x in (q, k, v))
             out = attend_few(q, k, v, bias)
         else:
             q, k, v = (repeated(x, max(len(q), len(k))) for x in (q, k, v))
@@ -198,6 +200,8 @@ class MaskDecoder(nn.Module):
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).unsqueeze(0).expand(prompts, -1, -1)
         tokens = torch.cat([own.to(points.dtype), points], dim=1)
         bias = F.pad(point_bias, (1 + NUM_MASKS, 0))[:, None, None, :]
+        if torch.is_autocast_enabled(embedding.device.type):  # once, not at every layer
+            embedding = embedding.to(torch.get_autocast_dtype(embedding.device.type))
         given = ImageTokens(embedding.flatten(2).transpose(1, 2), prompts, dense)
         tokens, image = self.transformer(given, image_code.unsqueeze(0), tokens, bias)
         hyper = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1)

@@ -28,7 +28,8 @@ class FakeQuant(Controller):
     levels, at most LSQ's 2 mean|w| / sqrt(2^(bits-1) - 1) (arXiv 1902.08153).
 
     While the stage trains, its state and averages hold the float weights under their plain names. At its end the rounded weights take their
-    place, so that checkpoint and every export hold plain tensors, and exporting them in `w8` rounds nothing again. Where an export folds
+    place, so that checkpoint and every export hold plain tensors, and exporting them in `w8` rounds nothing again. A later stage that trains the
+    same part without it moves them off the grid: this one comes last. Where an export folds
     parallel branches into one weight (RepViT's), the sum is a new weight, which that export rounds on its own.
 
     Args:

@@ -33,6 +33,14 @@ class Classification:
 
     # --- models
 
+    def listed(self, kind: str) -> list[dict[str, Any]]:
+        """EfficientNet-Lite, and the students that are classifiers only; any other student can be one too."""
+        from edgekd.tasks.classification import students, teachers
+
+        if kind == "teachers":
+            return [{"name": name, "task": self.name, **teachers.describe(name)} for name in teachers.names()]
+        return [{"name": name, "task": self.name, **students.describe(name)} for name in students.CONFIGS]
+
     def knows(self, reference: str) -> bool:
         """See `edgekd.tasks.classification.teachers.knows`."""
         from edgekd.tasks.classification import teachers

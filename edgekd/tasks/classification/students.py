@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from edgekd import plugins, students
 from edgekd.errors import UsageError, first_line, unknown
@@ -30,6 +31,15 @@ NECK = 256
 def names() -> list[str]:
     """The students as they are, without their settings and without what others' code makes."""
     return [*CONFIGS, *students.names()]
+
+
+def describe(name: str, image_size: int = 224, classes: int = 1000) -> dict[str, Any]:
+    """Facts of a student of ours for lists: parameters and GMACs with the classifier."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counted:
+        model = build(name, image_size=image_size, classes=classes).eval()
+        model(torch.zeros(1, 3, image_size, image_size))
+    return {"family": type(model.encoder).__name__, "params": sum(p.numel() for p in model.parameters()), "gmacs": round(counted.get_total_flops() / 2e9, 4),
+            "embed_dim": model.embed_dim, "image_size": image_size}
 
 
 def canonical(name: str) -> str:

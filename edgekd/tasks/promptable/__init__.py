@@ -35,6 +35,13 @@ class PromptableSegmentation:
 
     # --- models
 
+    def listed(self, kind: str) -> list[dict[str, Any]]:
+        """Every teacher and student of the SAM family."""
+        from edgekd import students, teachers
+
+        shelf: Any = teachers if kind == "teachers" else students
+        return [{"name": name, **shelf.describe(name)} for name in shelf.names()]
+
     def knows(self, reference: str) -> bool:
         """Whether it is a teacher's name, weights of the SAM family, or a checkpoint of ours."""
         from edgekd import teachers

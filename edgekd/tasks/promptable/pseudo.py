@@ -18,6 +18,9 @@ class PseudoLabelled:
 
     has_masks = True
 
+    asks_model = True
+    """Looking at a photo runs the teacher, which may be in use: not for another thread."""
+
     def __init__(self, model: Promptable, dataset: Dataset, *, points_per_side: int, max_instances: int, iou_thresh: float,
                  stability_thresh: float, nms_thresh: float, area: tuple[float, float]) -> None:
         self.dataset, self._predictor = dataset, ModelPredictor(model)
