@@ -179,7 +179,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / f"benchmarks/results/cache-{date.today()}.json")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--scenes", type=int, default=114)
     parser.add_argument("--judged", type=int, default=100)

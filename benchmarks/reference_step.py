@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -281,7 +282,7 @@ class ReferenceStep:
         named = [*self.encoder.named_parameters(), *(self.decoder.named_parameters() if prompts else ())]
         self.parameters = [p for _, p in named]
         plain = [p for name, p in named if p.ndim == 1 or name.endswith(".bias")]
-        groups = [{"params": [p for p in self.parameters if all(p is not q for q in plain)]}, {"params": plain, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.parameters if all(p is not q for q in plain)]}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
 
     @staticmethod

@@ -108,8 +108,9 @@ def calibrate(model: Any, dataset: Dataset, *, limit: int) -> dict[str, Any]:
     return {task.photo_component: photos} | ({"decoder": DecoderCalibration(photos, model)} if hasattr(model, "decode") else {})
 
 
-def examples(model: Any, dataset: Dataset | None, *, limit: int = 4) -> np.ndarray | None:
-    """(n, 3, S, S) photos for the parity check; None for promptable models, whose seeded pictures and prompts do."""
+def examples(model: Any, dataset: Dataset | None, *, limit: int = 16) -> np.ndarray | None:
+    """(n, 3, S, S) photos for the parity check: what 8 bits do to a classifier shows on photos only. None for promptable models, whose seeded
+    pictures and prompts do."""
     if dataset is None or hasattr(model, "decode"):
         return None
     import numpy as np

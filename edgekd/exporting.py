@@ -72,7 +72,7 @@ def export_model(
     task, size = plugins.task_of(model), model.preprocess.image_size
     images = as_array(examples) if examples is not None and len(examples) else pictures(2, size, np.random.default_rng(0))
     student = folded(model, images[:1])
-    reference = task.reference(student, images[:4], decoder_signature)
+    reference = task.reference(student, images, decoder_signature)
     job = _Job(exporter, scheme, calibration or {}, threads, qdq, gate, reference)
     folder = Path(folder)
     with _staged(folder) as staging:

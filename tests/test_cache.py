@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -302,12 +303,19 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
-def test_writers__one_killed_in_the_middle_of_a_shard_and_nothing_is_lost(tmp_path: Path) -> None:
-    victim, other = start(tmp_path, 0, 2, 4), start(tmp_path, 1, 2)
-    deadline = time.monotonic() + 90
-    while not (tmp_path / "hangs").exists() and time.monotonic() < deadline and victim.poll() is None:
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not true() and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert list(tmp_path.glob(".shard-00004.*")), "the victim has written the shard, but under its temporary name"
+
+
+def test_writers__one_killed_in_the_middle_of_a_shard_and_nothing_is_lost(tmp_path: Path) -> None:
+    victim = start(tmp_path, 0, 2, 4)
+    until(lambda: (tmp_path / "hangs").exists() or victim.poll() is not None)
+    other = start(tmp_path, 1, 2)
+    until(lambda: len(files.finished(tmp_path)) == SHARDS - 1 or other.poll() is not None)
+    assert victim.poll() is None and other.poll() is None, "one is in the middle of a shard, the other has made all else and waits for it"
+    assert list(tmp_path.glob(".shard-00004.*")), "the shard is on disk, but under its temporary name"
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
     out, err = other.communicate(timeout=90)
@@ -325,9 +333,7 @@ def test_writers__one_killed_in_the_middle_of_a_shard_and_nothing_is_lost(tmp_pa
 
 def test_writers__all_killed_and_begun_again_with_another_number(tmp_path: Path) -> None:
     victims = [start(tmp_path, 0, 2, 2), start(tmp_path, 1, 2, 2)]
-    deadline = time.monotonic() + 90
-    while not ((tmp_path / "hangs").exists() and len(files.finished(tmp_path)) >= 3) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: (tmp_path / "hangs").exists() and len(files.finished(tmp_path)) >= 3)
     for victim in victims:
         victim.send_signal(signal.SIGKILL)
         victim.communicate()

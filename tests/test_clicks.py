@@ -1,9 +1,12 @@
 """Simulated prompts as tensors: in the mask, uniform over the error region, with the labels of SAM."""
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
 
-from edgekd.distillation.clicks import boxes, central_cell, error_click, first_prompts, pick_cell
+from edgekd.distillation.clicks import around, boxes, central_cell, draw_cell, error_click, first_prompts, pick_cell, row_counts
+from edgekd.distillation.clicks import cells as shares
 from edgekd.protocols import ABSENT, BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, NEGATIVE, POSITIVE
 
 
@@ -124,3 +127,87 @@ def test_error_click__padding_is_never_clicked() -> None:
     for seed in range(20):
         point, _ = error_click(square(16, 0, 0, 0, 0), square(16, 0, 16, 0, 16), valid, torch.Generator().manual_seed(seed))
         assert cells(point[:, 0])[0, 0] < 2
+
+
+# --- against the loop over masks -------------------------------------------------------------------------------------------
+
+
+def looped(prediction: torch.Tensor, truth: torch.Tensor, generator: torch.Generator, fewest: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    """EdgeSAM's sampling, mask by mask: columns and rows (P, 2) of cells of the error region, each alike likely, and labels (P,)."""
+    found, labels = [], []
+    for ours, theirs in zip(prediction, truth, strict=True):
+        candidates = (ours != theirs).nonzero()
+        if len(candidates) < fewest:
+            found.append(torch.zeros(2, dtype=torch.long))
+            labels.append(ABSENT)
+        else:
+            row, column = candidates[torch.randint(len(candidates), (1,), generator=generator)][0]
+            found.append(torch.stack([column, row]))
+            labels.append(POSITIVE if theirs[row, column] else NEGATIVE)
+    return torch.stack(found), torch.tensor(labels).float()
+
+
+def chi_square(one: torch.Tensor, other: torch.Tensor) -> tuple[float, int]:
+    """Pearson's statistic of two samples of equal size over the same cells, and its degrees of freedom."""
+    both = (one + other).float()
+    used = both > 0
+    return float((((one - other) ** 2)[used] / both[used]).sum()), int(used.sum()) - 1
+
+
+@pytest.mark.parametrize("width", [16, 20], ids=["eight at a time", "a width that is no multiple of 8"])
+def test_error_click__is_distributed_as_the_loop_over_masks(width: int) -> None:
+    truth, prediction = torch.zeros(1, 16, width, dtype=torch.bool), torch.zeros(1, 16, width, dtype=torch.bool)
+    truth[:, 3:9, 2:9], prediction[:, 5:12, 4:12] = True, True
+    truth[:, 15, width - 1] = True  # the last cell of all
+    draws = 40_000
+    many = torch.Generator().manual_seed(1)
+    point, label = error_click(prediction.expand(draws, -1, -1), truth.expand(draws, -1, -1), generator=torch.Generator().manual_seed(0), fewest=10)
+    x, y = cells(point[:, 0]).unbind(1)
+    theirs, their_labels = looped(prediction.expand(4000, -1, -1), truth.expand(4000, -1, -1), many)
+    region = (prediction ^ truth)[0]
+    assert region[y, x].all() and region[theirs[:, 1], theirs[:, 0]].all()
+    ours_count = torch.bincount(y * width + x, minlength=16 * width)[region.flatten()].float()
+    size = int(region.sum())
+    even = float(((ours_count - draws / size) ** 2 / (draws / size)).sum())
+    assert even < size - 1 + 3.1 * (2 * (size - 1)) ** 0.5, "p = 0.001: each cell alike likely"
+    statistic, freedom = chi_square(torch.bincount(y[:4000] * width + x[:4000], minlength=16 * width), torch.bincount(theirs[:, 1] * width + theirs[:, 0], minlength=16 * width))
+    assert freedom == size - 1 and statistic < freedom + 3.1 * (2 * freedom) ** 0.5, "p = 0.001: the two samples are of one distribution"
+    shares_of_positive = [float((labels == POSITIVE).float().mean()) for labels in (label[:, 0], their_labels)]
+    assert abs(shares_of_positive[0] - shares_of_positive[1]) < 0.04
+
+
+def test_error_click__below_ten_wrong_cells_none_like_the_loop() -> None:
+    truth = torch.zeros(3, 16, 16, dtype=torch.bool)
+    prediction = truth.clone()
+    for number, wrong in enumerate((9, 10, 11)):
+        prediction[number].view(-1)[100 : 100 + wrong] = True
+    _, label = error_click(prediction, truth, generator=torch.Generator().manual_seed(0), fewest=10)
+    _, theirs = looped(prediction, truth, torch.Generator().manual_seed(0))
+    assert label[:, 0].tolist() == theirs.tolist() == [ABSENT, NEGATIVE, NEGATIVE]
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 16), (3, 4, 12), (2, 3, 2048), (4, 64, 64)])
+def test_row_counts__are_sums(shape: tuple[int, int, int]) -> None:
+    masks = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    masks[0] = True
+    assert torch.equal(row_counts(masks), masks.sum(-1))
+    assert torch.equal(row_counts(masks.transpose(1, 2)), masks.transpose(1, 2).sum(-1))
+
+
+def test_draw_cell__every_cell_once_as_the_uniform_number_grows() -> None:
+    mask = torch.rand(1, 9, 8, generator=torch.Generator().manual_seed(2)) < 0.4
+    inside = mask[0].nonzero()
+    uniform = (torch.arange(len(inside)) / len(inside) + 1e-6)[:, None]
+    column, row, count = draw_cell(mask.expand(len(inside), -1, -1), uniform)
+    assert torch.equal(torch.stack([row, column], 1), inside) and (count == len(inside)).all()
+    column, row, _ = draw_cell(mask, torch.tensor([[1 - 2.0**-24]]))
+    assert [int(row), int(column)] == inside[-1].tolist()
+    column, row, count = draw_cell(torch.zeros(1, 9, 8, dtype=torch.bool), torch.tensor([[0.3]]))
+    assert (int(row) * 8 + int(column), int(count)) == (36, 0)
+
+
+def test_cells_and_around__are_average_pooling() -> None:
+    masks = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0)) < 0.6
+    assert torch.equal(shares(masks), F.avg_pool2d(masks.float(), 4))
+    for size in (5, 9, 17):
+        assert torch.allclose(around(masks, size), F.avg_pool2d(masks.float(), size, 1, size // 2), atol=1e-6)

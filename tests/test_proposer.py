@@ -13,8 +13,9 @@ from tiny import tiny_sam
 
 from edgekd import plugins, teachers
 from edgekd.data.scenes import Scenes
+from edgekd.distillation import points
 from edgekd.distillation.objectives.box_proposals import assign, iou_and_giou, loss
-from edgekd.distillation.outputs import Context, Outputs, build, describe
+from edgekd.distillation.outputs import Context, Outputs
 from edgekd.distillation.proposals import Plan, distil_proposer, fit, recall, to_square
 from edgekd.errors import EdgekdError
 from edgekd.exporting import signature
@@ -95,13 +96,13 @@ def test_right_boxes_cost_nothing_and_wrong_ones_do() -> None:
 
 
 def test_the_objective_is_one_loss_an_image() -> None:
-    objective = build("box_proposals", {"score": 2.0})
+    objective = points.build("objective", "box_proposals", {"score": 2.0})
     boxes, scores = torch.rand(2, 96, 2).repeat(1, 1, 2) * 30 + torch.tensor([0.0, 0, 20, 20]), torch.rand(2, 96)
     wanted = [torch.tensor([[4.0, 4, 30, 30]]), torch.zeros(0, 4)]
     both = objective(Outputs(torch.zeros(2, 1, 4, 4), proposals=(boxes, scores)), Outputs(torch.zeros(2, 1, 4, 4)), Context(torch.ones(2, 1, 1, 1), boxes=wanted))
     score, box = loss(boxes[0], scores[0], wanted[0])
     assert both.shape == (2,) and float(both[0]) == pytest.approx(float(2 * score + 2 * box), rel=1e-5)
-    assert describe("box_proposals")["needs"] == ["boxes"]
+    assert points.describe("objective", "box_proposals")["needs"] == ["boxes"]
 
 
 def pairs(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

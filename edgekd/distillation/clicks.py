@@ -17,13 +17,46 @@ FEWEST_ERROR_CELLS = 1
 
 
 def pick_cell(weights: Tensor, generator: Source = None, side: int = CELL) -> Tensor:
-    """weights (P, h, w) >= 0 -> xy (P, 2) in the S frame of one cell of `side` pixels drawn in proportion; the centre cell where all are 0."""
+    """weights (P, h, w) >= 0 -> xy (P, 2) in the S frame of one cell of `side` pixels drawn in proportion; the centre cell where all are 0.
+    A mask (bool) is drawn from evenly, and in a fraction of the time."""
+    uniform = Draws.of(generator).rand(len(weights), 1)
+    if weights.dtype == torch.bool:
+        column, row, _ = draw_cell(weights, uniform)
+        return torch.stack([column, row], dim=1) * side + (side / 2 - 0.5)
     flat = weights.flatten(1).float()
     middle = torch.arange(flat.shape[1], device=flat.device) == flat.shape[1] // 2
     flat = torch.where(flat.sum(1, keepdim=True) > 0, flat, middle.to(flat))
-    index = pick(flat, Draws.of(generator).rand(len(flat), 1)).squeeze(1)
+    index = pick(flat, uniform).squeeze(1)
     width = weights.shape[-1]
     return torch.stack([index % width, index // width], dim=1) * side + (side / 2 - 0.5)
+
+
+def draw_cell(masks: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """masks (P, h, w) bool, uniform (P, 1) in [0, 1) -> column, row of a cell inside, each alike likely (the centre cell where none is), and
+    the number of cells inside, (P,) each.
+
+    The n-th cell in reading order, n = floor(uniform x number): its row from the rows' counts, its column within that row alone. Nothing
+    but the counts looks at all cells.
+    """
+    prompts, height, width = masks.shape
+    per_row = row_counts(masks)
+    until = per_row.cumsum(1)
+    total = until[:, -1:]
+    nth = (uniform.to(masks.device).double() * total).long()
+    row = torch.searchsorted(until, nth, right=True).clamp(max=height - 1)
+    line = masks[torch.arange(prompts, device=masks.device), row.squeeze(1)].cumsum(1)
+    column = torch.searchsorted(line, nth - (until - per_row).gather(1, row), right=True).clamp(max=width - 1)
+    middle = (height * width) // 2
+    empty = total == 0
+    row, column = torch.where(empty, middle // width, row), torch.where(empty, middle % width, column)
+    return column.squeeze(1), row.squeeze(1), total.squeeze(1)
+
+
+def row_counts(masks: Tensor) -> Tensor:
+    """masks (P, h, w) bool -> (P, h) long, how many are true. Eight at a time, as the bytes of one number, a hundred times as fast as `sum`."""
+    if masks.shape[-1] % 8 or masks.shape[-1] > 8 * 255:
+        return masks.sum(-1)
+    return masks.contiguous().view(torch.int64).sum(-1, keepdim=True).view(torch.uint8).sum(-1)
 
 
 def cells(masks: Tensor) -> Tensor:
@@ -98,9 +131,8 @@ def error_click(prediction: Tensor, truth: Tensor, valid: Tensor | None = None, 
     wrong = prediction ^ truth
     if valid is not None:
         wrong = wrong & valid
-    point = pick_cell(wrong, generator, side)
-    cell = ((point - (side / 2 - 0.5)) / side).round().long()
-    positive = truth[torch.arange(len(truth), device=truth.device), cell[:, 1], cell[:, 0]]
-    label = torch.where(positive, POSITIVE, NEGATIVE)
-    label = torch.where(wrong.flatten(1).sum(1) < fewest, ABSENT, label)
+    column, row, count = draw_cell(wrong, Draws.of(generator).rand(len(wrong), 1))
+    positive = truth[torch.arange(len(truth), device=truth.device), row, column]
+    label = torch.where(count < fewest, ABSENT, torch.where(positive, POSITIVE, NEGATIVE))
+    point = torch.stack([column, row], dim=1) * side + (side / 2 - 0.5)
     return point.unsqueeze(1), label.unsqueeze(1).float()

@@ -3,8 +3,6 @@ variant included. Parameter names follow Meta's checkpoints.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,21 +16,24 @@ FEW = 32
 """Tokens of a prompt, at most, for `attend_few`."""
 
 
-@dataclass(frozen=True)
 class ImageTokens:
-    """What the prompts attend to: `tokens` (B, s*s, E), B images or P of them, to which each prompt adds `dense`."""
+    """What the prompts attend to: `tokens` (B, s*s, E), B images or P of them, to which each prompt adds `dense`; `code` (1, s*s, E), where they are."""
 
-    tokens: Tensor
-    prompts: int
-    dense: Dense | None = None
+    def __init__(self, tokens: Tensor, code: Tensor, prompts: int, dense: Dense | None = None) -> None:
+        self.tokens, self.code, self.prompts, self.dense = tokens, code, prompts, dense
+        self.placed = tokens + as_type(code, tokens)
 
-    def plain(self) -> Tensor:
-        """(P, s*s, E)."""
-        return repeated(self._with(self.tokens, None), self.prompts)
+    def plus(self, seen: Tensor) -> Tensor:
+        """The tokens with what each prompt saw added, (P, s*s, E), before the norm."""
+        own = self._with(self.tokens, None)
+        if in_graph() or len(own) in (1, self.prompts):
+            return repeated(own, self.prompts) + seen
+        return (own.unsqueeze(1) + seen.unflatten(0, (len(own), -1))).flatten(0, 1)
 
-    def project(self, linear: nn.Linear, code: Tensor | None = None) -> Tensor:
-        """linear(tokens + dense + code): (P, s*s, out), or (B, s*s, out) where all prompts of an image see the same."""
-        found = self._with(linear(self.tokens if code is None else self.tokens + as_type(code, self.tokens)), linear.weight)
+    def project(self, linear: nn.Linear, placed: bool = False) -> Tensor:
+        """linear(tokens + dense), or with `placed` linear(tokens + code + dense): (P, s*s, out), or (B, s*s, out) where all prompts of an
+        image see the same."""
+        found = self._with(linear(self.placed if placed else self.tokens), linear.weight)
         return repeated(found, self.prompts) if in_graph() else found
 
     def _with(self, shared: Tensor, weight: Tensor | None) -> Tensor:
@@ -126,7 +127,7 @@ class TwoWayBlock(nn.Module):
         self.mlp = MLP(e, shape.mlp_dim, shape.gelu)
         self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(e) for _ in range(4))
 
-    def forward(self, tokens: Tensor, image: ImageTokens, token_code: Tensor, image_code: Tensor, bias: Tensor) -> tuple[Tensor, ImageTokens]:
+    def forward(self, tokens: Tensor, image: ImageTokens, token_code: Tensor, bias: Tensor) -> tuple[Tensor, ImageTokens]:
         """tokens (P, T, E) and the image's -> both as they are after the block."""
         if self.summed:
             tokens = tokens if self.first else tokens + token_code
@@ -138,11 +139,11 @@ class TwoWayBlock(nn.Module):
             tokens = tokens + self.self_attn(q, q, tokens, bias)
         tokens = self.norm1(tokens)
         to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
-        seen = to_image.attend(to_image.q_proj(tokens + token_code), image.project(to_image.k_proj, image_code), image.project(to_image.v_proj))
+        seen = to_image.attend(to_image.q_proj(tokens + token_code), image.project(to_image.k_proj, placed=True), image.project(to_image.v_proj))
         tokens = self.norm2(tokens + seen)
         tokens = self.norm3(tokens + self.mlp(tokens))
-        seen = to_token.attend(image.project(to_token.q_proj, image_code), to_token.k_proj(tokens + token_code), to_token.v_proj(tokens), bias)
-        return tokens, ImageTokens(self.norm4(image.plain() + seen), image.prompts)
+        seen = to_token.attend(image.project(to_token.q_proj, placed=True), to_token.k_proj(tokens + token_code), to_token.v_proj(tokens), bias)
+        return tokens, ImageTokens(self.norm4(image.plus(seen)), image.code, image.prompts)
 
 
 class TwoWayTransformer(nn.Module):
@@ -154,12 +155,12 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = Attention(shape.embed_dim, shape.heads, 2)
         self.norm_final_attn = nn.LayerNorm(shape.embed_dim)
 
-    def forward(self, image: ImageTokens, image_code: Tensor, token_code: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """The image's tokens, image_code (1, s*s, E), token_code (P, T, E), bias (P, 1, 1, T) -> tokens (P, T, E), image (P, s*s, E)."""
+    def forward(self, image: ImageTokens, token_code: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The image's tokens, token_code (P, T, E), bias (P, 1, 1, T) -> tokens (P, T, E), image (P, s*s, E)."""
         tokens = token_code
         for layer in self.layers:
-            tokens, image = layer(tokens, image, token_code, image_code, bias)
-        last = self.final_attn_token_to_image(tokens + token_code, image.tokens + as_type(image_code, image.tokens), image.tokens)
+            tokens, image = layer(tokens, image, token_code, bias)
+        last = self.final_attn_token_to_image(tokens + token_code, image.placed, image.tokens)
         return self.norm_final_attn(tokens + last), image.tokens
 
 
@@ -200,10 +201,12 @@ class MaskDecoder(nn.Module):
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).unsqueeze(0).expand(prompts, -1, -1)
         tokens = torch.cat([own.to(points.dtype), points], dim=1)
         bias = F.pad(point_bias, (1 + NUM_MASKS, 0))[:, None, None, :]
-        if torch.is_autocast_enabled(embedding.device.type):  # once, not at every layer
-            embedding = embedding.to(torch.get_autocast_dtype(embedding.device.type))
-        given = ImageTokens(embedding.flatten(2).transpose(1, 2), prompts, dense)
-        tokens, image = self.transformer(given, image_code.unsqueeze(0), tokens, bias)
+        image = embedding.flatten(2).transpose(1, 2)
+        if not in_graph():  # once, not at every layer
+            kind = embedding.device.type
+            image = image.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype).contiguous()
+        given = ImageTokens(image, image_code.unsqueeze(0), prompts, dense)
+        tokens, image = self.transformer(given, tokens, bias)
         hyper = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1)
         if in_graph() or not isinstance(self.output_upscaling[1], LayerNorm2d):
             up = self.output_upscaling(image.transpose(1, 2).unflatten(2, (height, width)))

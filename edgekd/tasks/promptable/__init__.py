@@ -132,10 +132,10 @@ class PromptableSegmentation:
         return {"embedding": embedding, "masks": model.decode(embedding[:1], torch.from_numpy(prompts.points), torch.from_numpy(prompts.labels))[0]}
 
     def reference(self, model: Any, images: np.ndarray, signature: str = "batched") -> Reference:
-        """The model's own embeddings and masks."""
+        """The model's own embeddings and masks, of four images at most."""
         from edgekd.tasks.promptable.parity import Reference
 
-        return Reference(model, images, signature=signature)
+        return Reference(model, images[:4], signature=signature)
 
     def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> ArtifactModel:
         """An exported promptable model."""
