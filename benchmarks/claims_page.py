@@ -43,6 +43,13 @@ def claim_table(result: dict[str, Any], claim: dict[str, Any], paper: dict[str, 
     return lines
 
 
+def in_short(result: dict[str, Any], key: str, title: str) -> str:
+    """One line a claim: how many of its differences stand clear of 0, and on which side."""
+    found = [f for s in SETS for f in result[key].get(s, {}).values()]
+    better, worse = sum(f["low"] > 0 for f in found), sum(f["high"] < 0 for f in found)
+    return f"- {title}: {better} of {len(found)} better, {worse} worse, {len(found) - better - worse} not shown to differ"
+
+
 def level_table(rows: list[dict[str, Any]]) -> list[str]:
     """The arms' own numbers."""
     sets = [s for s in SETS.values() if f"{s}.box_miou" in rows[0]]
@@ -74,6 +81,7 @@ def page(result: dict[str, Any], source: str) -> str:
              f"trained on and on people's regions of {scale['photos']} real photos. Intervals: photos drawn again, both arms together. A small student trained for minutes: the "
              "direction of a difference can be compared with a paper's, its size cannot.", "",
              f"Measured on {about['device']}, {about['date'][:10]}, torch {about['versions']['torch']}. From `{source}`.", "", "![differences with intervals](claims.svg)", ""]
+    lines += ["In short, of the differences on both sets and all prompts:", "", *(in_short(result, key, title) for key, title in CLAIMS.items() if key in result), ""]
     for key, title in CLAIMS.items():
         if key in result:
             paper = result["paper"].get(key, {})

@@ -101,7 +101,7 @@ def test_nan_teacher__is_refused_by_the_photo_while_it_is_cached(tmp_path: Path)
 def test_unknown_tap__lists_the_near_ones(tmp_path: Path) -> None:
     data = material(tmp_path, 2)
     step = Step(model(8), {"tiny24": model(24).eval()}, stage(objectives=[{"name": "hint", "taps": [["encoder.3", "embedding"]]}]))
-    with pytest.raises(UsageError, match="has no tap 'encoder.3'; did you mean 'encoder.") as caught:
+    with pytest.raises(UsageError, match=r"has no tap 'encoder\.3'; did you mean 'encoder\.") as caught:
         step.bind(Batches(data.sources, Preprocess(64), 2, 0).batch([0, 1]))
     assert "embedding" in str(caught.value.hint)
 
