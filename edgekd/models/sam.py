@@ -203,8 +203,8 @@ class MaskDecoder(nn.Module):
         bias = F.pad(point_bias, (1 + NUM_MASKS, 0))[:, None, None, :]
         image = embedding.flatten(2).transpose(1, 2)
         if not in_graph():  # once, not at every layer
-            kind = embedding.device.type
-            image = image.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else image.dtype).contiguous()
+            kind = embedding.device.type  # torch's meta device, on which models are counted, knows no autocast
+            image = image.to(torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else image.dtype).contiguous()
         given = ImageTokens(image, image_code.unsqueeze(0), prompts, dense)
         tokens, image = self.transformer(given, tokens, bias)
         hyper = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1)
