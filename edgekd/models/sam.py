@@ -3,6 +3,9 @@ variant included. Parameter names follow Meta's checkpoints.
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,12 +19,21 @@ FEW = 32
 """Tokens of a prompt, at most, for `attend_few`."""
 
 
+@dataclass
 class ImageTokens:
-    """What the prompts attend to: `tokens` (B, s*s, E), B images or P of them, to which each prompt adds `dense`; `code` (1, s*s, E), where they are."""
+    """What the prompts attend to: `tokens` (B, s*s, E), B images or P of them, to which each prompt adds `dense`; `code` (1, s*s, E), where they are.
 
-    def __init__(self, tokens: Tensor, code: Tensor, prompts: int, dense: Dense | None = None) -> None:
-        self.tokens, self.code, self.prompts, self.dense = tokens, code, prompts, dense
-        self.placed = tokens + as_type(code, tokens)
+    A dataclass, in which FSDP2 finds the tensors that a layer gives out: their gradients tell it to gather the layer's weights.
+    """
+
+    tokens: Tensor
+    code: Tensor
+    prompts: int
+    dense: Dense | None = None
+
+    @cached_property
+    def placed(self) -> Tensor:
+        return self.tokens + as_type(self.code, self.tokens)
 
     def plus(self, seen: Tensor) -> Tensor:
         """The tokens with what each prompt saw added, (P, s*s, E), before the norm."""
