@@ -3,8 +3,7 @@ variant included. Parameter names follow Meta's checkpoints.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +18,19 @@ FEW = 32
 """Tokens of a prompt, at most, for `attend_few`."""
 
 
-@dataclass
-class ImageTokens:
-    """What the prompts attend to: `tokens` (B, s*s, E), B images or P of them, to which each prompt adds `dense`; `code` (1, s*s, E), where they are.
-
-    A dataclass, in which FSDP2 finds the tensors that a layer gives out: their gradients tell it to gather the layer's weights.
-    """
+class ImageTokens(NamedTuple):
+    """What the prompts attend to: `tokens` (B, s*s, E), B images or P of them, to which each prompt adds `dense`; `code` (1, s*s, E), where
+    they are; `placed`, the sum of both. A tuple, in which FSDP2 finds the tensors that go into a layer and come out of it."""
 
     tokens: Tensor
     code: Tensor
+    placed: Tensor
     prompts: int
     dense: Dense | None = None
 
-    @cached_property
-    def placed(self) -> Tensor:
-        return self.tokens + as_type(self.code, self.tokens)
+    @classmethod
+    def of(cls, tokens: Tensor, code: Tensor, prompts: int, dense: Dense | None = None) -> ImageTokens:
+        return cls(tokens, code, tokens + as_type(code, tokens), prompts, dense)
 
     def plus(self, seen: Tensor) -> Tensor:
         """The tokens with what each prompt saw added, (P, s*s, E), before the norm."""
@@ -155,7 +152,7 @@ class TwoWayBlock(nn.Module):
         tokens = self.norm2(tokens + seen)
         tokens = self.norm3(tokens + self.mlp(tokens))
         seen = to_token.attend(image.project(to_token.q_proj, placed=True), to_token.k_proj(tokens + token_code), to_token.v_proj(tokens), bias)
-        return tokens, ImageTokens(self.norm4(image.plus(seen)), image.code, image.prompts)
+        return tokens, ImageTokens.of(self.norm4(image.plus(seen)), image.code, image.prompts)
 
 
 class TwoWayTransformer(nn.Module):
@@ -217,7 +214,7 @@ class MaskDecoder(nn.Module):
         if not in_graph():  # once, not at every layer
             kind = embedding.device.type  # torch's meta device, on which models are counted, knows no autocast
             image = image.to(torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else image.dtype).contiguous()
-        given = ImageTokens(image, image_code.unsqueeze(0), prompts, dense)
+        given = ImageTokens.of(image, image_code.unsqueeze(0), prompts, dense)
         tokens, image = self.transformer(given, tokens, bias)
         hyper = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], dim=1)
         if in_graph() or not isinstance(self.output_upscaling[1], LayerNorm2d):
