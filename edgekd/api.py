@@ -8,7 +8,7 @@ Results are typed reports or plain JSON-like dictionaries; files go under `outpu
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,42 +123,54 @@ def train(*, recipe: str | Path, output: Path, sets: Sequence[str] = ()) -> dict
     return verbs.train(recipe=found, output=Path(output))
 
 
-def export(*, model: str | Path, to: Sequence[str], output: Path, scheme: str = "fp32", data: str | Path | None = None,
-           target: str | None = None, threads: int | None = None, decoder_signature: DecoderSignature = "batched") -> dict[str, Any]:
+def export(*, model: str | Path, to: Sequence[str], output: Path, scheme: str | None = None, data: str | Path | None = None,
+           target: str | None = None, threads: int | None = None, decoder_signature: DecoderSignature = "batched",
+           lengths: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Export a model in every format of `to`; one that fails is a row with its reason and does not stop the others.
 
-    `decoder_signature`: `batched` takes many prompts a call; `sam` is the six-input decoder of segment-anything's own export, for
-    applications that expect it.
+    Args:
+        scheme: a precision; each format's own first one when left out.
+        decoder_signature: `batched` takes many prompts a call; `sam` is the six-input decoder of segment-anything's own export, for
+            applications that expect it.
+        lengths: `prompts` and `points` of a call, for formats whose shapes cannot vary.
     """
     from edgekd import comparing, exporting, plugins, resolve
 
-    for format in to:
-        if scheme not in plugins.exporter(format).schemes:
-            raise unknown(f"{format} scheme", scheme, plugins.exporter(format).schemes)
+    offered = {format: plugins.exporter(format).schemes for format in to}
+    if scheme is not None and not any(scheme in schemes for schemes in offered.values()):
+        raise unknown(f"{to[0]} scheme" if len(to) == 1 else "scheme", scheme, {s for schemes in offered.values() for s in schemes})
     device = targets.resolve(target) if target is not None else None
     source = resolve.load_torch(model)
-    photos = _calibration_data(scheme, data)
+    asked = {format: scheme or schemes[0] for format, schemes in offered.items()}
+    photos = _calibration_data(asked.values(), data, several=len(to) > 1)
     calibration = comparing.calibrate(source, photos, limit=32) if photos is not None else None
     examples = comparing.examples(source, photos)
     rows: list[dict[str, Any]] = []
-    for format in to:
-        name = exporting.candidate_id(source.name, source.preprocess.image_size, format, scheme)
+    for format, precision in asked.items():
+        name = exporting.candidate_id(source.name, source.preprocess.image_size, format, precision)
         console.log(f"export {name}")
         try:
-            manifest = exporting.export_model(source, Path(output) / name, format=format, scheme=scheme, teacher=resolve.teacher_of(model),
+            manifest = exporting.export_model(source, Path(output) / name, format=format, scheme=precision, teacher=resolve.teacher_of(model),
                                               calibration=calibration, examples=examples, threads=threads, qdq=device.qdq(format) if device else "u8s8",
-                                              decoder_signature=decoder_signature)
-        except UsageError:
-            raise
-        except EdgekdError as e:
-            rows.append({"format": format, "scheme": scheme, "status": "failed", "reason": str(e)})
+                                              decoder_signature=decoder_signature, lengths=lengths)
+        except (EdgekdError, OSError) as e:
+            if len(to) == 1 and isinstance(e, UsageError):
+                raise
+            rows.append({"format": format, "scheme": precision, "status": "failed", "reason": e.what if isinstance(e, EdgekdError) else str(e),
+                         "hint": getattr(e, "hint", None)})
             continue
-        last = list(manifest.components.values())[-1] if "decoder" not in manifest.components else manifest.components["decoder"]
-        rows.append({"format": format, "scheme": scheme, "status": "ok", "id": manifest.id, "path": str(Path(output) / name), "ran_here": True,
-                     "checked": manifest.checked, "decoder_signature": manifest.decoder_signature, "size_bytes": manifest.size_bytes, "parity": last.parity,
-                     "components": {n: {"scheme": c.scheme, "executed_precision": c.executed_precision, "parity": c.parity, "note": c.note}
-                                    for n, c in manifest.components.items()}})
+        rows.append(_exported(manifest, Path(output) / name))
     return {"exports": rows}
+
+
+def _exported(manifest: Any, folder: Path) -> dict[str, Any]:
+    """The row of a format that was written."""
+    last = manifest.components.get("decoder") or list(manifest.components.values())[-1]
+    return {"format": manifest.format, "scheme": manifest.scheme, "status": "ok", "id": manifest.id, "path": str(folder), "ran_here": manifest.ran_here,
+            "checked": manifest.checked, "decoder_signature": manifest.decoder_signature, "size_bytes": manifest.size_bytes, "parity": last.parity,
+            "components": {n: {"format": c.format or manifest.format, "scheme": c.scheme, "state": c.state, "executed_precision": c.executed_precision,
+                               "parity": c.parity, "stand_in": c.stand_in, "findings": c.findings, "note": c.note}
+                           for n, c in manifest.components.items()}}
 
 
 def quantize(*, model: str | Path, scheme: str, format: str = "onnx", target: str = "host", data: str | Path | None = None,
@@ -305,10 +317,13 @@ def init(*, kind: str, name: str, path: Path, force: bool = False) -> Path:
     return write_atomic(path, text)
 
 
-def _calibration_data(scheme: str, data: str | Path | None) -> Dataset | None:
+def _calibration_data(asked: Iterable[str], data: str | Path | None, *, several: bool) -> Dataset | None:
+    """The photos that the precisions asked for are shown, where any of them looks at some."""
     from edgekd.data import open_data
     from edgekd.quantization import schemes
 
-    if data is None and schemes.get(scheme).needs_calibration:
-        raise UsageError(f"{scheme} needs calibration images", hint="give a folder of images with --data")
-    return open_data(data, masks=False) if data is not None and schemes.get(scheme).looks_at_inputs else None
+    known = [schemes.get(name) for name in asked]
+    missing = [scheme.name for scheme in known if scheme.needs_calibration]
+    if data is None and missing and not several:
+        raise UsageError(f"{missing[0]} needs calibration images", hint="give a folder of images with --data")
+    return open_data(data, masks=False) if data is not None and any(scheme.looks_at_inputs for scheme in known) else None

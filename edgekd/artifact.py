@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from edgekd.errors import EdgekdError
-from edgekd.protocols import PROMPTABLE, Preprocess
+from edgekd.protocols import PROMPTABLE, Preprocess, State
 from edgekd.workspace import sha256, write_json
 
 SCHEMA: Final = "edgekd.artifact/1"
@@ -33,6 +33,8 @@ class Tensor(_Model):
     name: str
     dtype: str
     shape: list[int | str]
+    pad: float | None = None
+    """What fills its rows up along an axis that the component's `fixed` gives a length, without changing the answer."""
 
 
 class File(_Model):
@@ -64,6 +66,16 @@ class ArtifactComponent(_Model):
     note: str | None = None
     kept_fp32: dict[str, str] = {}
     """Layers of an fp16 component that stay in fp32 -> why."""
+    format: str | None = None
+    """The format of this component where the artifact's own cannot take it."""
+    fixed: dict[str, int] = {}
+    """Symbol of an axis -> the one length that this file takes there. More rows of axis 0 are served in several calls; other axes are padded."""
+    state: State = "ran"
+    """Whether it `ran` where it was exported, was `built` by its vendor's compiler, or its contents were `checked`."""
+    stand_in: str | None = None
+    """What computed the file's contents for `parity`, where its runtime was not."""
+    findings: dict[str, Any] = {}
+    """What a compiler, simulator or reading of the file said, of one that did not run."""
 
 
 class PreprocessSpec(_Model):
@@ -115,6 +127,11 @@ class Manifest(_Model):
     """SHA-256 of the weights it was exported from."""
     checked: str
     """What was verified before the artifact was handed over, and where."""
+
+    @property
+    def ran_here(self) -> bool:
+        """Whether every component ran on its runtime when it was exported."""
+        return all(part.state == "ran" for part in self.components.values())
 
     @property
     def size_bytes(self) -> int:

@@ -29,6 +29,10 @@ class UsageError(EdgekdError):
     exit_code = 2
 
 
+class CannotTake(EdgekdError):
+    """A format can never hold this component, whatever the toolchain's version: another format may take it in its place."""
+
+
 def closest(name: str, options: Iterable[str]) -> str | None:
     """The option most like `name`, or None when nothing is near."""
     found = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, get_args
@@ -22,13 +22,13 @@ import torch
 from edgekd import plugins
 from edgekd.artifact import ArtifactComponent, DecoderSignature, Manifest, PreprocessSpec, Tensor, describe_files
 from edgekd.checkpoint import weights_sha256
-from edgekd.errors import EdgekdError, UsageError, unknown
+from edgekd.errors import CannotTake, EdgekdError, UsageError, unknown
 from edgekd.measurement import cpu, installed
 from edgekd.models.fold import fold
 from edgekd.parity import sound
 from edgekd.probes import pictures
-from edgekd.protocols import Component, Exporter, Reference, Session
-from edgekd.runtime import as_array, open_artifact
+from edgekd.protocols import Component, Exporter, Reference, Session, facts
+from edgekd.runtime import Refitted, as_array, fitted, open_artifact
 
 __all__ = ["candidate_id", "export_model", "folded", "open_artifact"]
 
@@ -44,7 +44,7 @@ def candidate_id(student: str, image_size: int, format: str, scheme: str) -> str
 def export_model(
     model: Any, folder: Path, *, format: str, scheme: str, name: str | None = None, teacher: str | None = None,
     calibration: Calibration | None = None, examples: Any = None, threads: int | None = None, qdq: str = "u8s8", gate: bool = True,
-    decoder_signature: DecoderSignature = "batched",
+    decoder_signature: DecoderSignature = "batched", lengths: Mapping[str, int] | None = None,
 ) -> Manifest:
     """Export a model into `folder`, replacing what was there, and return its manifest.
 
@@ -56,6 +56,7 @@ def export_model(
         examples: (n, 3, S, S) normalised images for the parity check; by default seeded pictures.
         threads: of the sessions that parity runs on.
         qdq: the activation style of the target, `u8s8` or `s8s8_symmetric`.
+        lengths: symbol of an axis -> its length, for formats whose axes cannot vary (`Component.lengths` says what is taken otherwise).
         decoder_signature: of a promptable model: `batched` (many prompts in a call) or `sam` (the six inputs of segment-anything's export, one
             prompt a call).
         gate: False records parity without failing on it (untrained students, exported for their latency).
@@ -73,10 +74,11 @@ def export_model(
     images = as_array(examples) if examples is not None and len(examples) else pictures(2, size, np.random.default_rng(0))
     student = folded(model, images[:1])
     reference = task.reference(student, images, decoder_signature)
-    job = _Job(exporter, scheme, calibration or {}, threads, qdq, gate, reference)
+    components = [_with_lengths(part, lengths or {}) for part in task.components(student, decoder_signature).values()]
+    job = _Job(exporter, scheme, calibration or {}, threads, qdq, gate, reference, photos=task.photo_component)
     folder = Path(folder)
     with _staged(folder) as staging:
-        parts = {part.name: job.export(part, staging) for part in task.components(student, decoder_signature).values()}
+        parts = {part.name: job.export(part, staging) for part in components}
         _refuse_unchanged(parts, format, scheme)
         files = [file for part in parts.values() for file in part.files]
         manifest = Manifest(
@@ -84,7 +86,7 @@ def export_model(
             labels=list(getattr(model, "labels", ())), embed_dim=model.embed_dim, format=format, scheme=scheme, decoder_signature=decoder_signature,
             components=parts, files=describe_files(staging, files), preprocess=PreprocessSpec.of(model.preprocess), versions=installed(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"), source_sha256=weights_sha256(model),
-            checked=f"ran here ({cpu()[0]}, {exporter.availability().version}): {reference.checked()}")
+            checked=_checked(parts, exporter, reference))
         manifest.save(staging)
     return manifest
 
@@ -123,31 +125,58 @@ class _Job:
     qdq: str
     gate: bool
     reference: Reference
+    photos: str
+    """The component without which the format is of no use: no other format takes its place."""
 
     def export(self, part: Component, staging: Path) -> ArtifactComponent:
-        """One component in the scheme asked for, or in fp32 with the reason when the scheme does not take it."""
-        if self.scheme == "fp32":
-            return self._in(part, staging, "fp32", None)
+        """One component in the scheme asked for; in the format's first scheme with the reason when the scheme does not take it; in another
+        format with the reason when this one never can."""
+        try:
+            return self._in_scheme(part, staging)
+        except CannotTake as e:
+            other = facts(self.exporter).beside
+            if other is None or part.name == self.photos:
+                raise
+            beside = replace(self, exporter=_ready(other, "fp32"), scheme="fp32")
+            return beside._in_scheme(part, staging).model_copy(update={"format": other, "note": f"in {other}: {self.exporter.format} cannot take it, {e.what}"})
+
+    def _in_scheme(self, part: Component, staging: Path) -> ArtifactComponent:
+        plain = self.exporter.schemes[0] if "fp32" not in self.exporter.schemes else "fp32"
+        if self.scheme == plain:
+            return self._in(part, staging, plain, None)
         if self.scheme.endswith("_static") and part.name not in self.calibration:
-            return self._in(part, staging, "fp32", f"kept in fp32: no calibration was given for the {part.name}")
+            return self._in(part, staging, plain, f"kept in {plain}: no calibration was given for the {part.name}")
         try:
             return self._in(part, staging, self.scheme, None)
-        except UsageError:
+        except (UsageError, CannotTake):
             raise
         except EdgekdError as e:
-            return self._in(part, staging, "fp32", f"kept in fp32: {e.what}")
+            if plain.endswith("_static"):
+                raise
+            return self._in(part, staging, plain, f"kept in {plain}: {e.what}")
 
     def _in(self, part: Component, staging: Path, scheme: str, note: str | None) -> ArtifactComponent:
-        path = staging / f"{part.name}{self.exporter.suffix}"
-        files = self.exporter.export(part, path, scheme=scheme, calibration=self._samples(part, scheme), qdq=self.qdq)
-        session = self.exporter.open(path, scheme=scheme, threads=self.threads)
-        parity = self._compare(part, session, scheme)
+        known, path = facts(self.exporter), staging / f"{part.name}{self.exporter.suffix}"
+        taken = part.fixed() if known.fixed_shapes else part
         inputs, outputs = signature(part)
-        if scheme in ("fp32", "fp16", "bf16") and scheme not in session.executed_precision.split("+"):
-            note = f"{note + '; ' if note else ''}asked for {scheme}, and the runtime executes {session.executed_precision}"
-        return ArtifactComponent(
-            file=path.name, files=[f.name for f in files], inputs=inputs, outputs=outputs, scheme=scheme, parity=parity, note=note,
-            executed_precision=session.executed_precision, executed_ops=session.executed_ops, kept_fp32=getattr(session, "kept_fp32", {}))
+        fixed = dict(part.lengths) if known.fixed_shapes and part.dynamic else {}
+        samples = self._samples(part, scheme)
+        files = self.exporter.export(taken, path, scheme=scheme, qdq=self.qdq,
+                                     calibration=Refitted(samples, inputs, fixed) if samples is not None and fixed else samples)
+        about: dict[str, Any] = {"file": path.name, "files": [f.name for f in files], "inputs": inputs, "outputs": outputs, "scheme": scheme, "fixed": fixed}
+        if self.exporter.availability().runs:
+            session = self.exporter.open(path, scheme=scheme, threads=self.threads)
+            parity = self._compare(part, fitted(session, inputs, outputs, fixed), scheme)
+            if scheme in ("fp32", "fp16", "bf16") and scheme not in session.executed_precision.split("+"):
+                note = f"{note + '; ' if note else ''}asked for {scheme}, and the runtime executes {session.executed_precision}"
+            return ArtifactComponent(**about, parity=parity, note=note, executed_precision=session.executed_precision,
+                                     executed_ops=session.executed_ops, kept_fp32=getattr(session, "kept_fp32", {}))
+        found = known.check(taken, path, scheme=scheme)
+        session = known.stand_in(path, scheme=scheme, threads=self.threads)
+        parity = self._compare(part, fitted(session, inputs, outputs, fixed), scheme) if session is not None else {}
+        return ArtifactComponent(**about, parity=parity, note=note, executed_precision=found.precision, executed_ops=dict(found.ops), state=found.state,
+                                 stand_in=session.stand_in_for if session is not None else None, findings={"how": found.how, **found.details},
+                                 kept_fp32=getattr(session, "kept_fp32", {}))
 
     def _samples(self, part: Component, scheme: str) -> Iterable[Mapping[str, np.ndarray]] | None:
         """What a component is shown before it is exported: calibration inputs, as its signature takes them."""
@@ -162,6 +191,25 @@ class _Job:
             raise EdgekdError(f"the exported {part.name} is not the student any more in {scheme}: {reason}", where=self.exporter.format,
                               hint="try another format or scheme; the file was not kept")
         return parity | {"passed": reason is None}
+
+
+def _with_lengths(part: Component, lengths: Mapping[str, int]) -> Component:
+    """The component with lengths that the user asked for in place of its own."""
+    return replace(part, lengths={**part.lengths, **{s: n for s, n in lengths.items() if s in part.lengths}})
+
+
+def _checked(parts: Mapping[str, ArtifactComponent], exporter: Exporter, reference: Reference) -> str:
+    """What was verified and where, in words."""
+    version, said = exporter.availability().version, []
+    ran = [name for name, part in parts.items() if part.state == "ran"]
+    if ran:
+        where = f"ran here ({cpu()[0]}, {version})" if len(ran) == len(parts) else f"{', '.join(ran)} ran here ({cpu()[0]})"
+        said.append(f"{where}: {reference.checked()}")
+    for name, part in parts.items():
+        if part.state != "ran":
+            compared = f"; {reference.checked()}, computed by {part.stand_in}" if part.stand_in else ""
+            said.append(f"{name} {part.state}, not run ({version}): {part.findings['how']}{compared}")
+    return "; ".join(said)
 
 
 def signature(part: Component) -> tuple[list[Tensor], list[Tensor]]:
@@ -181,7 +229,7 @@ def signature(part: Component) -> tuple[list[Tensor], list[Tensor]]:
                     described[axis] = symbol
     if part.name == "decoder" and "orig_im_size" in part.example:
         outputs[0][2:] = ["height", "width"]  # these follow a value, not a length
-    inputs = [Tensor(name=name, dtype=str(t.dtype).removeprefix("torch."),
+    inputs = [Tensor(name=name, dtype=str(t.dtype).removeprefix("torch."), pad=part.padding.get(name),
                      shape=[part.dynamic.get(name, {}).get(axis, n) for axis, n in enumerate(t.shape)]) for name, t in part.example.items()]
     return inputs, [Tensor(name=name, dtype=str(t.dtype).removeprefix("torch."), shape=shape)
                     for name, t, shape in zip(part.outputs, base, outputs, strict=True)]

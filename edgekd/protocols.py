@@ -5,10 +5,12 @@ Everything here is structural (`typing.Protocol`): a plug-in needs no base class
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from edgekd.errors import CannotTake
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,7 +179,7 @@ class Task(Protocol):
         """What exported parts are compared with: the model's own answers on images (n, 3, S, S)."""
         ...
 
-    def open(self, folder: Path, manifest: Any, *, threads: int | None = None) -> Any:
+    def open(self, folder: Path, manifest: Any, *, threads: int | None = None, stand_in: bool = False) -> Any:
         """An artifact of this task on its runtime, with `calls(prompts)` for the clock. Imports no torch."""
         ...
 
@@ -227,11 +229,51 @@ class Component:
     dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """input name -> {axis: symbol}"""
 
+    lengths: Mapping[str, int] = field(default_factory=dict)
+    """symbol -> its length in a file whose axes cannot vary. Axis 0 of what such a file takes is then served in several calls, any other padded."""
+
+    padding: Mapping[str, float] = field(default_factory=dict)
+    """input name -> what its rows are filled up with along such an axis, without changing the answer; 0 where it is not said"""
+
+    def fixed(self) -> Component:
+        """The same with every axis of the length in `lengths`, for formats that take no others.
+
+        Raises:
+            CannotTake: an output's size follows the value of an input, or a symbol has no length.
+        """
+        symbols = {s for axes in self.dynamic.values() for s in axes.values()}
+        if missing := symbols - set(self.lengths):
+            raise CannotTake(f"its axes of varying length ({', '.join(sorted(missing))}) have no length to be fixed at", where=self.name,
+                             hint="export it with --decoder-signature batched, or to a format that takes them, like onnx")
+        example = dict(self.example)
+        for name, axes in self.dynamic.items():
+            for axis, symbol in axes.items():
+                tensor, length = example[name], self.lengths[symbol]
+                picked = [i % tensor.shape[axis] for i in range(length)]
+                example[name] = tensor[(slice(None),) * axis + (picked,)].contiguous()
+        return replace(self, example=example, dynamic={})
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input of an opened file. `shape` has None where any length will do."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
 
 class Session(Protocol):
     """An opened component of an artifact on its runtime."""
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by the names of the component's outputs. What the file does not use of `inputs` is left out."""
+        ...
+
+    @property
+    def inputs(self) -> list[Port]:
+        """What the file takes, in its order."""
+        ...
 
     @property
     def executed_precision(self) -> str:
@@ -252,6 +294,31 @@ class Availability:
     version: str | None = None
     reason: str | None = None
     fix: str | None = None
+    runs: bool = True
+    """Whether this machine can also run what is written; `reason` says why not."""
+
+
+State = Literal["ran", "built", "checked"]
+"""What became of an exported file here: it ran on its runtime; its vendor's compiler or simulator took it; or its contents were read back and held
+against the model."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found out about a file that cannot run here.
+
+    Args:
+        how: one clause for the manifest, of what was done with what version.
+        precision: what the file says it computes in, as a session's `executed_precision`.
+        ops: operators of the file as a session's `executed_ops`.
+        details: further findings, as JSON.
+    """
+
+    state: State
+    how: str
+    precision: str
+    ops: Mapping[str, int]
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 def package_version(package: str) -> str | None:
@@ -263,18 +330,57 @@ def package_version(package: str) -> str | None:
 
 
 class Exporter(Protocol):
-    """One file format with its runtime: a module-level object named `exporter` in `export/<format>.py`."""
+    """One file format with its runtime: a module-level object named `exporter` in `export/<format>.py`.
+
+    What follows `open` may be left out: `Facts` holds what is then assumed.
+    """
 
     format: str
     suffix: str
     extra: str | None
     schemes: tuple[str, ...]
+    """The first is what a user gets who names none."""
 
     def availability(self) -> Availability: ...
 
     def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
         """Write the component at `path` (all files written are returned). `calibration` is a re-iterable of input dicts
-        (name -> array), needed by static schemes. Raises EdgekdError with the reason when the format cannot take it."""
+        (name -> array), needed by static schemes. Raises EdgekdError with the reason when the format cannot take it, and CannotTake when
+        no version of it could."""
         ...
 
-    def open(self, path: Path, *, scheme: str, threads: int | None = None) -> Session: ...
+    def open(self, path: Path, *, scheme: str, threads: int | None = None) -> Session:
+        """The file on its runtime. Raises EdgekdError where `availability().runs` is False."""
+        ...
+
+
+class Facts:
+    """What an exporter need not say: a format that runs everywhere it is written, and takes axes of any length."""
+
+    fixed_shapes: bool = False
+    """Whether the file's axes cannot vary: `export` is then given `component.fixed()`."""
+
+    beside: str | None = None
+    """The format of the components that this one can never take (`CannotTake`), other than the one that takes photos."""
+
+    def check(self, component: Component, path: Path, *, scheme: str) -> Check:
+        """What can be found out about a written file where it cannot run. `component` is what was exported. Raises EdgekdError when it is wrong."""
+        raise NotImplementedError
+
+    def stand_in(self, path: Path, *, scheme: str, threads: int | None = None) -> Session | None:
+        """What computes the file's own contents where its runtime is not: a vendor's simulator, an interpreter of the format. None: nothing does.
+        Numbers of it are never the device's; its class says in one clause, `stand_in_for`, what it is."""
+        return None
+
+
+def facts(exporter: Exporter) -> Any:
+    """An exporter with the attributes of `Facts` whether or not it has them (a plug-in needs no base class of ours)."""
+    return exporter if hasattr(exporter, "fixed_shapes") else _With(exporter)
+
+
+class _With(Facts):
+    def __init__(self, exporter: Exporter) -> None:
+        self._exporter = exporter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._exporter, name)

@@ -30,7 +30,7 @@ from edgekd.export._gelu import reorder
 from edgekd.export._half import KEPT, convert, module_of, name_layers, overflowing
 
 from edgekd.errors import EdgekdError, UsageError, first_line, unknown
-from edgekd.protocols import Availability, Component, package_version
+from edgekd.protocols import Availability, Component, Facts, Port, package_version
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +47,10 @@ QDQ_STYLES = {
     "u8s8": {},
     "s8s8_symmetric": {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
 }
+
+DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(int64)": "int64", "tensor(int32)": "int32",
+          "tensor(uint8)": "uint8", "tensor(int8)": "int8", "tensor(bool)": "bool"}
+"""onnxruntime's names of types -> numpy's"""
 
 LARGE = 1_800_000_000
 """bytes of weights from which they are kept outside of the graph (ViT-H: 2.5e9)"""
@@ -173,7 +177,7 @@ def _written(target: Path) -> list[Path]:
     return [target, data] if data.exists() else [target]
 
 
-class OnnxExporter:
+class OnnxExporter(Facts):
     """See `edgekd.protocols.Exporter`."""
 
     format = "onnx"
@@ -226,6 +230,11 @@ class OnnxSession:
         """Inputs the graph does not use (an export may drop one) are left out."""
         outputs = self._session.run(self._outputs, {name: inputs[name] for name in self._inputs})
         return dict(zip(self._outputs, outputs, strict=True))
+
+    @property
+    def inputs(self) -> list[Port]:
+        """What the graph takes."""
+        return [Port(i.name, tuple(n if isinstance(n, int) else None for n in i.shape), DTYPES.get(i.type, i.type)) for i in self._session.get_inputs()]
 
     @property
     def executed_ops(self) -> dict[str, int]:

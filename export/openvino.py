@@ -25,7 +25,7 @@ from edgekd.export._half import KEPT, Kept, by_layer, overflowing
 from edgekd.export.onnx import float_file
 
 from edgekd.errors import EdgekdError, UsageError, first_line, unknown
-from edgekd.protocols import Availability, Component, package_version
+from edgekd.protocols import Availability, Component, Facts, Port, package_version
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,7 @@ PRECISE = "precise_0"
 FIX = 'pip install "edgekd[openvino]"'
 
 
-class OpenVinoExporter:
+class OpenVinoExporter(Facts):
     """See `edgekd.protocols.Exporter`."""
 
     format = "openvino"
@@ -102,6 +102,12 @@ class OpenVinoSession:
 
         self._request.infer({name: inputs[name] for name in self._inputs}, share_inputs=True)
         return {name: np.array(self._request.get_output_tensor(i).data) for i, name in enumerate(self._outputs)}
+
+    @property
+    def inputs(self) -> list[Port]:
+        """What the model takes."""
+        return [Port(i.any_name, tuple(d.get_length() if d.is_static else None for d in i.partial_shape), i.element_type.to_dtype().name)
+                for i in self._compiled.inputs]
 
     @property
     def executed_ops(self) -> dict[str, int]:

@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from edgekd.cli.options import Data, Json, Limit, MaybeData, Output, Split, TargetName, Threads, app, numbers, show
+from edgekd.cli.options import Data, Json, Limit, MaybeData, Output, Split, TargetName, Threads, app, lengths, numbers, show
 from edgekd.errors import UsageError
 
 Modes = Annotated[list[str] | None, typer.Option("--mode", help="With --everything: grid, hierarchical or proposals. Repeatable; all when left out.")]
@@ -34,15 +34,16 @@ def quantize(
 def export(
     model: Annotated[str, typer.Argument(help="A checkpoint, a teacher, or a student with shipped weights.")],
     to: Annotated[str, typer.Option("--to", help="Formats, with commas between: onnx,openvino.")], output: Output,
-    scheme: Annotated[str, typer.Option("--scheme", help="A precision (edgekd list schemes).")] = "fp32",
+    scheme: Annotated[str | None, typer.Option("--scheme", help="A precision (edgekd list schemes); each format's own first one when left out.")] = None,
     target: Annotated[str | None, typer.Option("--target", help="The device it is for; decides how int8 is written.")] = None,
     data: MaybeData = None, threads: Threads = None,
     decoder_signature: Annotated[str, typer.Option("--decoder-signature", help="batched, or sam: the six inputs of segment-anything's own export.")] = "batched",
+    length: Annotated[list[str] | None, typer.Option("--length", metavar="AXIS=N", help="Of formats whose shapes cannot vary: prompts=16, points=4. Repeatable.")] = None,
     json: Json = False,
 ) -> int:
     """Write a model's files and check them.
 
-    Every file is run on its own runtime and compared with the model; the manifest says how it went.
+    Every file is run on its own runtime, where that runs here, and compared with the model; the manifest says how it went.
     """
     from edgekd import api, console
 
@@ -50,15 +51,22 @@ def export(
     if not formats:
         raise UsageError("--to names no format", hint="edgekd export MODEL --to onnx,openvino --output DIR")
     found = api.export(model=model, to=formats, output=output, scheme=scheme, data=data, target=target, threads=threads,
-                       decoder_signature=decoder_signature)  # type: ignore[arg-type]
+                       decoder_signature=decoder_signature, lengths=lengths(length or []))  # type: ignore[arg-type]
     rows = found["exports"]
     if json:
         console.emit(found)
     else:
-        console.table(["format", "scheme", "status", "MB", "where or why"],
-                      [[r["format"], r["scheme"], r["status"], round(r["size_bytes"] / 1e6, 2) if "size_bytes" in r else None, r.get("path") or r["reason"]]
-                       for r in rows])
+        console.table(["format", "scheme", "status", "ran here", "mask IoU", "MB", "where or why"], [_words(r) for r in rows])
     return 0 if all(r["status"] == "ok" for r in rows) else 1
+
+
+def _words(row: dict[str, Any]) -> list[Any]:
+    """An exported format's line of the table."""
+    if row["status"] != "ok":
+        return [row["format"], row["scheme"], row["status"], None, None, None, row["reason"] + (f"; hint: {row['hint']}" if row["hint"] else "")]
+    overlap = [c["parity"]["mask_iou"] for c in row["components"].values() if "mask_iou" in c["parity"]]
+    ran = ", ".join(f"{name} {c['state']}" for name, c in row["components"].items() if c["state"] != "ran") or "yes"
+    return [row["format"], row["scheme"], "ok", ran, round(min(overlap), 5) if overlap else None, round(row["size_bytes"] / 1e6, 2), row["path"]]
 
 
 @app.command()

@@ -53,6 +53,17 @@ def numbers(text: str, counts: tuple[int, ...], usage: str) -> list[float]:
     return values
 
 
+def lengths(given: list[str]) -> dict[str, int]:
+    """`prompts=16` of every --length."""
+    found = {}
+    for text in given:
+        symbol, _, number = text.partition("=")
+        if not symbol or not number.isdigit() or int(number) < 1:
+            raise UsageError(f"--length takes AXIS=N, not '{text}'", hint="for instance --length prompts=16 --length points=4")
+        found[symbol] = int(number)
+    return found
+
+
 def command_line() -> str:
     import shlex
 

@@ -20,7 +20,7 @@ from edgekd.errors import unknown
 
 def in_graph() -> bool:
     """Whether operations are being recorded for an export or a compiler, not computed."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def as_type(x: Tensor, like: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from edgekd.models.blocks import LayerNorm2d, as_type, in_graph
 from edgekd.models.prompt_encoder import DecoderShape, Dense, PromptEncoder
-from edgekd.protocols import Component, Preprocess
+from edgekd.protocols import ABSENT, Component, Preprocess
 
 NUM_MASKS = 4  # one for unambiguous prompts + three alternatives
 FEW = 32
 """Tokens of a prompt, at most, for `attend_few`."""
+POINTS = 6
+"""Points of a prompt, at most, in a file whose shapes cannot vary: a box and four clicks."""
 
 
 class ImageTokens(NamedTuple):
@@ -35,9 +37,9 @@ class ImageTokens(NamedTuple):
     def plus(self, seen: Tensor) -> Tensor:
         """The tokens with what each prompt saw added, (P, s*s, E), before the norm."""
         own = self._with(self.tokens, None)
-        if in_graph() or len(own) in (1, self.prompts):
+        if in_graph() or own.shape[0] in (1, self.prompts):
             return repeated(own, self.prompts) + seen
-        return (own.unsqueeze(1) + seen.unflatten(0, (len(own), -1))).flatten(0, 1)
+        return (own.unsqueeze(1) + seen.unflatten(0, (own.shape[0], -1))).flatten(0, 1)
 
     def project(self, linear: nn.Linear, placed: bool = False) -> Tensor:
         """linear(tokens + dense), or with `placed` linear(tokens + code + dense): (P, s*s, out), or (B, s*s, out) where all prompts of an
@@ -48,16 +50,16 @@ class ImageTokens(NamedTuple):
     def _with(self, shared: Tensor, weight: Tensor | None) -> Tensor:
         if self.dense is None:
             return shared
-        if self.dense.channels is not None and len(shared) > 1:
+        if self.dense.channels is not None and shared.shape[0] > 1:
             shared = repeated(shared, self.prompts)
         return shared + as_type(self.dense.through(weight), shared)
 
 
 def repeated(shared: Tensor, prompts: int) -> Tensor:
     """(B, ...) of every image -> (P, ...) of every prompt; those of one image stand together."""
-    if len(shared) == 1:
+    if shared.shape[0] == 1:
         return shared.expand(prompts, *shared.shape[1:])
-    return shared if len(shared) == prompts else shared.unsqueeze(1).expand(-1, prompts // len(shared), *shared.shape[1:]).flatten(0, 1)
+    return shared if shared.shape[0] == prompts else shared.unsqueeze(1).expand(-1, prompts // shared.shape[0], *shared.shape[1:]).flatten(0, 1)
 
 
 class Attention(nn.Module):
@@ -77,12 +79,12 @@ class Attention(nn.Module):
         """The same, of q, k and v that are projected already."""
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         bias = None if key_bias is None else key_bias.to(q.dtype)
-        if min(q.shape[2], k.shape[2]) <= FEW and not in_graph():
-            if (q.shape[2] <= k.shape[2]) != (len(q) >= len(k)):  # an image of fewer cells than a prompt has tokens
-                q, k, v = (repeated(x, max(len(q), len(k))) for x in (q, k, v))
+        if not in_graph() and min(q.shape[2], k.shape[2]) <= FEW:
+            if (q.shape[2] <= k.shape[2]) != (q.shape[0] >= k.shape[0]):  # an image of fewer cells than a prompt has tokens
+                q, k, v = (repeated(x, max(q.shape[0], k.shape[0])) for x in (q, k, v))
             out = attend_few(q, k, v, bias)
         else:
-            q, k, v = (repeated(x, max(len(q), len(k))) for x in (q, k, v))
+            q, k, v = (repeated(x, max(q.shape[0], k.shape[0])) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
@@ -96,7 +98,7 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """
     few_ask, scale = q.shape[2] <= k.shape[2], q.shape[-1] ** -0.5
     few, many = (q, k) if few_ask else (k, q)
-    each, tokens = len(few) // len(many), few.shape[2]
+    each, tokens = few.shape[0] // many.shape[0], few.shape[2]
     if few_ask:
         together = few.unflatten(0, (-1, each)).transpose(1, 2).flatten(2, 3)
         if bias is None and not torch.is_grad_enabled():
@@ -234,7 +236,7 @@ class MaskDecoder(nn.Module):
         cells = gelu(norm.over_last(_to_four(image, first)))  # type: ignore[operator, union-attr, arg-type]
         cells = last(_to_four(cells, second))  # type: ignore[operator, arg-type]
         masks = (cells.flatten(1, 4) @ hyper.transpose(1, 2)).unflatten(1, cells.shape[1:5])  # P, s, s, 4, 4, masks
-        return masks.unflatten(4, (2, 2)).unflatten(3, (2, 2)).permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(len(image), -1, 4 * image.shape[1], 4 * image.shape[2])
+        return masks.unflatten(4, (2, 2)).unflatten(3, (2, 2)).permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(image.shape[0], -1, 4 * image.shape[1], 4 * image.shape[2])
 
 
 def _to_four(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
@@ -327,7 +329,8 @@ def components(model: Sam) -> dict[str, Component]:
     }
     found = {
         "encoder": Component("encoder", model.encoder, {"images": torch.randn(1, 3, s, s)}, ("image_embeddings",)),
-        "decoder": Component("decoder", decoder, example, ("masks", "iou"), dynamic),
+        "decoder": Component("decoder", decoder, example, ("masks", "iou"), dynamic, lengths={"prompts": 1, "points": POINTS},
+                             padding={"point_labels": ABSENT}),
     }
     if model.proposer is not None:
         found["proposer"] = Component("proposer", model.proposer, {"image_embeddings": example["image_embeddings"]}, ("boxes", "scores"))

@@ -108,11 +108,11 @@ class Classification:
 
         return Reference(model, images)
 
-    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> ArtifactClassifier:
+    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None, stand_in: bool = False) -> ArtifactClassifier:
         """An exported classifier."""
         from edgekd.tasks.classification.exported import ArtifactClassifier
 
-        return ArtifactClassifier(folder, manifest, threads=threads)
+        return ArtifactClassifier(folder, manifest, threads=threads, stand_in=stand_in)
 
     # --- use
 

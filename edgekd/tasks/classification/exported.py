@@ -14,8 +14,8 @@ from edgekd.runtime import TOGETHER, Call, Opened
 class ArtifactClassifier(Opened):
     """Photos in, logits out. `classes` is their number, `labels` their names where they are known."""
 
-    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
-        super().__init__(folder, manifest, threads=threads)
+    def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, stand_in: bool = False) -> None:
+        super().__init__(folder, manifest, threads=threads, stand_in=stand_in)
         self.labels = tuple(manifest.labels)
         self.classes = int(manifest.components["classifier"].outputs[0].shape[-1])
 

@@ -96,11 +96,11 @@ class DenseFeatureMaps:
 
         return Reference(model, images)
 
-    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> ArtifactFeatures:
+    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None, stand_in: bool = False) -> ArtifactFeatures:
         """An exported model of features."""
         from edgekd.tasks.dense_features.exported import ArtifactFeatures
 
-        return ArtifactFeatures(folder, manifest, threads=threads)
+        return ArtifactFeatures(folder, manifest, threads=threads, stand_in=stand_in)
 
     # --- use
 

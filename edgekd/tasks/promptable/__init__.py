@@ -137,11 +137,11 @@ class PromptableSegmentation:
 
         return Reference(model, images[:4], signature=signature)
 
-    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> ArtifactModel:
+    def open(self, folder: Path, manifest: Manifest, *, threads: int | None = None, stand_in: bool = False) -> ArtifactModel:
         """An exported promptable model."""
         from edgekd.tasks.promptable.exported import ArtifactModel
 
-        return ArtifactModel(folder, manifest, threads=threads)
+        return ArtifactModel(folder, manifest, threads=threads, stand_in=stand_in)
 
     # --- use
 
