@@ -11,7 +11,7 @@ setup: $(VENV)/.stamp
 $(VENV)/.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install -q -c constraints.txt -e ".[openvino,dev]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[formats,dev]"
 	$(BIN)/pip install -q --no-deps torchdistill==1.1.5   # an oracle of tests alone; its own requirements bring a CUDA build of torch
 	touch $@
 

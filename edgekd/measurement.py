@@ -22,7 +22,8 @@ Provenance = Literal["measured", "predicted", "quoted"]
 # The instruction sets that decide which kernels a runtime picks: the rest of the CPU's flags would only be noise.
 TELLING_FLAGS = ("avx", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_tile",
                  "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve")
-PACKAGES = ("edgekd", "torch", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "numpy")
+PACKAGES = ("edgekd", "torch", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "numpy", "coremltools", "executorch", "torchao", "litert-torch",
+            "ai-edge-litert", "ai-edge-quantizer", "ncnn", "pnnx", "tensorrt", "tensorrt-rtx", "onnxruntime-qnn", "ethos-u-vela")
 
 
 class _Model(BaseModel):

@@ -120,8 +120,15 @@ def plan(options: CompressOptions) -> Plan:
 
 
 def with_formats(options: CompressOptions) -> CompressOptions:
-    """The options with `auto` formats and schemes filled in."""
-    exports = {name: e.schemes for name, e in plugins.exporters().items()}
+    """The options with `auto` formats and schemes filled in: of the target's formats, those whose toolchain is installed."""
+    able = plugins.writers()
+    if options.recipe.formats == "auto":
+        tried = [f for f, support in options.target.formats.items() if support.auto and f in plugins.exporters()]
+        able, left_out = {f: able[f] for f in tried if f in able}, [f for f in tried if f not in able]
+        for missing in left_out:
+            found = plugins.exporter(missing).availability()
+            console.warn(f"{options.target.name} also runs {missing}, which is left out: {found.reason}" + (f" ({found.fix})" if found.fix else ""))
+    exports = {name: e.schemes for name, e in able.items()}
     filled = recipe.with_auto(options.recipe, runs=options.target.runs, exports=exports)
     return CompressOptions(filled, options.target, options.data, Path(options.output), options.resume, options.command)
 

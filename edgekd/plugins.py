@@ -98,6 +98,11 @@ def exporter(name: str) -> Exporter:
     return known[name]
 
 
+def writers() -> dict[str, Exporter]:
+    """The exporters whose toolchain is installed, by format."""
+    return {name: one for name, one in exporters().items() if one.availability().ok}
+
+
 def schemes() -> dict[str, list[str]]:
     """scheme -> the formats whose exporter offers it."""
     found: dict[str, list[str]] = {}

@@ -34,6 +34,8 @@ class Support(Settings):
     qdq: QdqStyle | None = None
     """How int8 is written into the graph: unsigned activations for x86 kernels, symmetric signed ones for NPUs and TensorRT."""
     note: str | None = None
+    auto: bool = True
+    """Whether a recipe whose formats are `auto` tries it; one that is there only for who asks is not."""
 
 
 class Limits(Settings):

@@ -106,7 +106,7 @@ def _with_manifest(row: CandidateRow, manifest: artifact.Manifest) -> CandidateR
     sizes = {f.path: f.size_bytes for f in manifest.files}
     parts = {
         name: ComponentRow(size_bytes=sum(sizes.get(f, 0) for f in part.files), parity=part.parity, executed_precision=part.executed_precision,
-                           executed_ops=part.executed_ops, note=part.note)
+                           executed_ops=part.executed_ops, note=part.note, state=part.state, stand_in=part.stand_in)
         for name, part in manifest.components.items()
     }
     return row.model_copy(update={"components": parts, "size_bytes": manifest.size_bytes})
@@ -143,15 +143,16 @@ def _with_profile(row: CandidateRow, profile: Profile) -> CandidateRow:
 
 
 def evaluate(bench: Bench, row: CandidateRow) -> CandidateRow:
-    """The row with its accuracy, that of the exported files on their runtime."""
-    if row.status == "failed":
+    """The row with its accuracy, that of the exported files on their runtime; where that is not here, on what computes them in its place
+    (`ComponentRow.stand_in`), and without an accuracy where nothing does."""
+    if row.status == "failed" or any(part.state != "ran" and part.stand_in is None for part in row.components.values()):
         return row
     folder = bench.artifact(row.id)
     made = [f.model_dump() for f in artifact.Manifest.load(folder).files]
 
     def work() -> Result:
         console.log(f"evaluate {row.id}")
-        return measure(bench, open_artifact(folder, threads=bench.threads))
+        return measure(bench, open_artifact(folder, threads=bench.threads, stand_in=True))
 
     key = fingerprint([made, bench.evaluation_key])
     return row.model_copy(update={"accuracy": accuracy(bench.ledger.once("evaluate", row.id, key, work))})

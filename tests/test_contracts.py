@@ -9,7 +9,7 @@ from edgekd import catalogue, plugins, recipe, students, target, tasks, teachers
 from edgekd.distillation import points
 from edgekd.distillation.outputs import NEEDS
 from edgekd.models.sam import components
-from edgekd.protocols import Availability, Promptable
+from edgekd.protocols import Availability, Promptable, facts
 from edgekd.quantization import schemes
 from edgekd.tasks.promptable import baselines
 from edgekd.tasks.promptable.predictor import Predictor
@@ -25,10 +25,11 @@ S, E, P = 64, 32, 3
 def test_exporter__keeps_the_contract(name: str) -> None:
     exporter = plugins.exporter(name)
     assert exporter.format == name and exporter.suffix.startswith(".")
-    assert "fp32" in exporter.schemes and set(exporter.schemes) <= set(schemes.names())
-    found = exporter.availability()
-    assert isinstance(found, Availability)
+    assert exporter.schemes and set(exporter.schemes) <= set(schemes.names())
+    known, found = facts(exporter), exporter.availability()
+    assert isinstance(found, Availability) and isinstance(known.fixed_shapes, bool) and (known.beside is None or known.beside in plugins.exporters())
     assert found.version if found.ok else found.reason and found.fix
+    assert found.runs or found.reason
 
 
 def test_schemes__each_is_written_by_some_exporter() -> None:

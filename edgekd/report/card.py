@@ -33,11 +33,11 @@ def _numbers(report: Report, best: CandidateRow) -> Iterable[tuple[str, str, str
     for metric in METRICS:
         value = best.accuracy.value(metric) if best.accuracy else None
         if value is not None:
-            yield words(metric), say.score(value), "measured"
+            yield words(metric), say.score(value), best.accuracy_provenance
     for name, part in best.components.items():
         for what, number in (part.parity or {}).items():
             if isinstance(number, float):
-                yield f"parity, {name}: {what.replace('_', ' ')}", f"{number:.6g}", "measured"
+                yield f"parity, {name}: {what.replace('_', ' ')}", f"{number:.6g}", "predicted" if part.stand_in else "measured"
 
 
 def _quantiles(latency: Latency) -> str:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from edgekd.decision import RULES, accuracy, words
-from edgekd.measurement import Latency
+from edgekd.measurement import Latency, Provenance
 from edgekd.report import charts
 from edgekd.report import words as say
 from edgekd.report.figures import Curve, Overlay
@@ -102,7 +102,7 @@ SCORES = {"agreement": {"teacher_agreement.box": "box", "teacher_agreement.cente
 def cells(row: CandidateRow, report: Report) -> list[Cell]:
     """The numbers of one candidate, in the order of `columns`."""
     return [*_times(row.components, row.latency_ms), _ratio(say.ratio(row, report), row.latency_ms), _size(row.size_bytes),
-            *([_size(row.peak_memory_bytes)] if _has_memory(report) else []), *_scores(row.accuracy, report)]
+            *([_size(row.peak_memory_bytes)] if _has_memory(report) else []), *_scores(row.accuracy, report, row.accuracy_provenance)]
 
 
 def teacher_cells(report: Report) -> list[Cell]:
@@ -131,12 +131,12 @@ def _size(size: int | None) -> Cell:
     return Cell(say.megabytes(size), sort=str(size), provenance="measured") if size is not None else Cell(say.DASH)
 
 
-def _scores(found: Accuracy | None, report: Report) -> Iterable[Cell]:
+def _scores(found: Accuracy | None, report: Report, provenance: Provenance = "measured") -> Iterable[Cell]:
     for name in _scored(report):
         known = [(prompt, value) for metric, prompt in SCORES[name].items() if found and (value := found.value(metric)) is not None]
         ends = dict.fromkeys((known[1], known[-1])) if len(known) > 1 else ()  # one click, and the most clicks
         below = f"{known[1][0]} {' → '.join(f'{value:.2f}' for _, value in ends)}" if ends else ""
-        yield Cell(f"{known[0][1]:.3f}", below, str(known[0][1]), "measured") if known else Cell(say.DASH)
+        yield Cell(f"{known[0][1]:.3f}", below, str(known[0][1]), provenance) if known else Cell(say.DASH)
 
 
 def _scored(report: Report) -> list[str]:
@@ -144,8 +144,9 @@ def _scored(report: Report) -> list[str]:
 
 
 def executed(components: Mapping[str, ComponentRow]) -> str:
-    """The precision really executed, once when all parts agree: `bf16`, or `int8 / fp32` for encoder / decoder."""
-    return " / ".join(dict.fromkeys(c.executed_precision for c in components.values() if c.executed_precision))
+    """The precision really executed, once when all parts agree: `bf16`, or `int8 / fp32` for encoder / decoder; what the file says where it did not run."""
+    return " / ".join(dict.fromkeys(c.executed_precision + ("" if c.state == "ran" else f" ({c.state}, not run)")
+                                    for c in components.values() if c.executed_precision))
 
 
 def _has_memory(report: Report) -> bool:

@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from edgekd.errors import EdgekdError
 from edgekd.measurement import Latency, Provenance
+from edgekd.protocols import State
 from edgekd.workspace import write_atomic
 
 SCHEMA = "edgekd.report/1"
@@ -76,6 +77,10 @@ class ComponentRow(_Row):
     executed_ops: dict[str, int] | None = None
     note: str | None = None
     """Why this part is not in the candidate's scheme, when it is not."""
+    state: State = "ran"
+    """Whether the file `ran` where it was exported, was `built` by its vendor's compiler, or its contents were `checked`."""
+    stand_in: str | None = None
+    """What computed parity and accuracy in the place of a runtime that is not there."""
 
 
 class CandidateRow(_Row):
@@ -106,6 +111,11 @@ class CandidateRow(_Row):
         if self.status != "accepted" and not self.reason:
             raise ValueError(f"candidate {self.id} is {self.status} without a reason")
         return self
+
+    @property
+    def accuracy_provenance(self) -> Provenance:
+        """An accuracy that something else computed in the runtime's place is predicted for it."""
+        return "predicted" if any(part.stand_in for part in self.components.values()) else "measured"
 
     def turned(self, status: Status, reason: str, stage: Stage | None) -> CandidateRow:
         """The same row with another status; this one stays as it is."""
