@@ -11,6 +11,9 @@ from torch import Tensor
 from edgekd.distillation.outputs import Context, Setup
 from edgekd.errors import UsageError
 
+ABSENT_LOGIT = -1e4
+"""Of what must have no share: infinity would make 0 * inf of it."""
+
 
 def exact(like: Tensor) -> torch.autocast:
     """A context in which products of float32 matrices are float32: autocast would round similarities and distances to bfloat16."""
@@ -39,9 +42,11 @@ def enough_classes(setup: Setup, name: str) -> int:
     return count
 
 
-def soft_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) over the last axis: logits (..., C), (..., C) -> (...)."""
-    ours, theirs = (student.float() / temperature).log_softmax(-1), (teacher.float() / temperature).log_softmax(-1)
+def soft_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, there: Tensor | None = None) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) over the last axis: logits (..., C), (..., C) -> (...); of those alone that are `there`
+    (..., C) bool."""
+    logits = [x.float() / temperature for x in (student, teacher)]
+    ours, theirs = ((x if there is None else x.masked_fill(~there, ABSENT_LOGIT)).log_softmax(-1) for x in logits)
     return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
 
 

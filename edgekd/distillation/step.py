@@ -21,6 +21,7 @@ from edgekd.distillation.outputs import FEATURES, PER_PROMPT, Context, Outputs, 
 from edgekd.distillation.points import Objective, Policy, Target
 from edgekd.distillation.prompting import PromptLoop
 from edgekd.distillation.taps import Taps, discover, outputs, resolve
+from edgekd.distillation.weighing import objective_names
 from edgekd.errors import UsageError
 from edgekd.recipe import Stage
 
@@ -39,8 +40,7 @@ class Step(nn.Module):
         self.student, self.stage = student, stage
         self._teachers = dict(teachers)
         self.objectives: dict[str, Objective] = {}
-        for number, ref in enumerate(stage.objectives):
-            key = ref.name if ref.name not in self.objectives else f"{ref.name}.{number}"
+        for key, ref in zip(objective_names(stage), stage.objectives, strict=True):
             self.objectives[key] = points.build("objective", ref.name, ref.options)
         self.refs = dict(zip(self.objectives, stage.objectives, strict=True))
         self.targets: list[Target] = [points.build("target", t.name, t.options) for t in stage.targets]

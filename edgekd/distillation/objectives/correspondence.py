@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.distillation.outputs import Context, Outputs, Setup
 from edgekd.distillation.points import Objective
 from edgekd.distillation.relations import check_batch, check_maps, common_grid, inside, mean_over, own_channels, tokens
-from edgekd.distillation.softmax import exact
+from edgekd.distillation.softmax import exact, soft_kl
 
 
 class Correspondence(Objective):
@@ -56,8 +55,7 @@ class Correspondence(Objective):
         """Similarities (B, N, M) of each, patches that are photo (B, N, M) -> (B, N)."""
         if self.ranking:
             return 1 - average_precision(ours, relevance(theirs, there), there, self.temperature)
-        s, t = ((x / self.temperature).masked_fill(~there, -1e4).log_softmax(2) for x in (ours, theirs))
-        return self.temperature**2 * F.kl_div(s, t, reduction="none", log_target=True).sum(2)
+        return soft_kl(ours, theirs, self.temperature, there=there)
 
 
 def relevance(similarity: Tensor, there: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from edgekd.distillation.losses import over_photo
 from edgekd.distillation.outputs import Context, Outputs, Setup
 from edgekd.distillation.points import Objective
+from edgekd.distillation.softmax import soft_kl
 from edgekd.distillation.taps import Taps, discover
 from edgekd.errors import UsageError
 
@@ -77,8 +78,7 @@ class QuantGap(Objective):
         parts = [gap(a, t, context.valid) for a, t in zip(student.feats, teacher.feats, strict=True)]
         loss = torch.stack(parts).mean(0)
         if self.logits and student.logits is not None and teacher.logits is not None and student.logits.shape == teacher.logits.shape:
-            a, t = (x.float() / self.temperature for x in (student.logits, teacher.logits))
-            loss = loss + self.logits * self.temperature**2 * rows_kl(a.log_softmax(-1), t.softmax(-1))
+            loss = loss + self.logits * soft_kl(student.logits, teacher.logits, self.temperature)
         return loss
 
     @torch.no_grad()
@@ -106,8 +106,8 @@ def gap(ours: Tensor, theirs: Tensor, valid: Tensor) -> Tensor:
 
 
 def rows_kl(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Mean over all rows but the first axis of KL(theirs || ours): logs (B, ..., N) and probabilities (B, ..., N) -> (B,)."""
-    return F.kl_div(ours, theirs, reduction="none").sum(-1).flatten(1).mean(1) if ours.ndim > 2 else F.kl_div(ours, theirs, reduction="none").sum(-1)
+    """Mean over all rows of KL(theirs || ours): logs (B, ..., N) and probabilities (B, ..., N) -> (B,)."""
+    return F.kl_div(ours, theirs, reduction="none").sum(-1).flatten(1).mean(1)
 
 
 objective = QuantGap

@@ -6,13 +6,13 @@ so that the task's output can be read off what they let through; then the studen
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd.distillation.losses import over_photo
 from edgekd.distillation.outputs import Context, Outputs, Setup
 from edgekd.distillation.points import Objective
 from edgekd.distillation.projectors import maps, pairs_of, photo_mean, resampled
+from edgekd.distillation.softmax import soft_kl
 from edgekd.errors import UsageError
 
 
@@ -68,7 +68,7 @@ class TED(Objective):
     def task_loss(self, answer: Tensor, teacher: Outputs, context: Context) -> Tensor:
         """How far `answer` (B, out, h, w) is from the teacher's output -> (B,): squared error of maps, KL divergence of classes."""
         if self.output == "logits":
-            return F.kl_div(photo_mean(answer, context.valid).log_softmax(1), teacher["logits"].float().log_softmax(1), reduction="none", log_target=True).sum(1)
+            return soft_kl(photo_mean(answer, context.valid), teacher["logits"])
         wanted = teacher["embedding"][:, : answer.shape[1]].float()
         return over_photo((resampled(answer, wanted.shape[-2:]) - wanted).square(), context.valid)
 

@@ -3,13 +3,12 @@ token relations of Hybrid Distill, arXiv 2306.15876)."""
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.distillation.outputs import Context, Outputs, Setup
 from edgekd.distillation.points import Objective
 from edgekd.distillation.relations import check_maps, common_grid, inside, mean_over, own_channels, tokens
-from edgekd.distillation.softmax import exact
+from edgekd.distillation.softmax import exact, soft_kl
 
 
 class TokenRelations(Objective):
@@ -55,8 +54,7 @@ class TokenRelations(Objective):
         if not self.temperature:
             return mean_over((ours - theirs).square(), pairs, (1, 2))
         apart = pairs & ~torch.eye(here.shape[1], dtype=torch.bool, device=here.device)
-        s, t = ((x / self.temperature).masked_fill(~apart, -1e4).log_softmax(2) for x in (ours, theirs))
-        return mean_over(self.temperature**2 * F.kl_div(s, t, reduction="none", log_target=True).sum(2), here, 1)
+        return mean_over(soft_kl(ours, theirs, self.temperature, there=apart), here, 1)
 
 
 objective = TokenRelations

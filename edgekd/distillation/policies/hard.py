@@ -21,6 +21,7 @@ from edgekd.distillation.losses import aligned
 from edgekd.distillation.outputs import Setup
 from edgekd.distillation.points import Policy
 from edgekd.distillation.policies._shared import refuse_cached
+from edgekd.distillation.softmax import soft_kl
 from edgekd.distillation.taps import outputs
 from edgekd.errors import UsageError
 
@@ -144,7 +145,7 @@ def comparable(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], setup: 
 def distance(kind: str, ours: Tensor, theirs: Tensor) -> Tensor:
     """(B,): KL(theirs || ours) of logits (B, C), or the mean of 1 - cosine over the cells of embeddings (B, E, s, s)."""
     if kind == "logits":
-        return F.kl_div(ours.float().log_softmax(1), theirs.float().log_softmax(1), log_target=True, reduction="none").sum(1)
+        return soft_kl(ours, theirs)
     a, b = aligned(ours, theirs)
     return 1 - F.cosine_similarity(a, b, dim=1).mean((1, 2))
 

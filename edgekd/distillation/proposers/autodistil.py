@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgekd import console, students
 from edgekd.distillation.losses import aligned
 from edgekd.distillation.points import Proposer, Suggestion
 from edgekd.distillation.proposers._looking import encoder, frames, photos, redrawn, size
+from edgekd.distillation.softmax import soft_kl
 from edgekd.distillation.taps import Seen, outputs
 from edgekd.errors import UsageError
 from edgekd.protocols import Dataset
@@ -152,7 +152,7 @@ def gap(ours: Seen, theirs: Seen) -> Tensor:
     """
     a, t = ours.get("logits"), theirs.get("logits")
     if a is not None and t is not None and a.shape[1] == t.shape[1]:
-        return F.kl_div(a.float().log_softmax(1), t.float().log_softmax(1), log_target=True, reduction="none").sum(1)
+        return soft_kl(a, t)
     if ours["embedding"].shape[1] > theirs["embedding"].shape[1]:
         raise UsageError(f"an embedding of {ours['embedding'].shape[1]} channels cannot be compared with the teacher's {theirs['embedding'].shape[1]}",
                          hint="take the proposer diswot, which compares relations")
