@@ -291,10 +291,10 @@ def trained_student(run: Run, name: str, size: int) -> Sam:
         results = verbs.train_student(student, run.teachers, run.stages, run.data, folder / "stages" / key)
         checkpoint.save(student, path, teacher=teacher.name, history={"recipe": run.recipe.name, "start": start, "data": run.options.data})
         known = run.bench.ledger.record("train", label, key, {
-            "start": start, "curves": {r.name: [round(row["loss"], 6) for row in r.curve] for r in results}, **verbs.curve_summary(results)})
+            "start": start, "curves": {r.name: [None if row["loss"] is None else round(row["loss"], 6) for row in r.curve] for r in results}, **verbs.curve_summary(results)})
         shutil.rmtree(folder / "stages" / key, ignore_errors=True)
     for stage, losses in known["curves"].items():
-        finite = [(i + 1, v) for i, v in enumerate(losses) if v >= 0]
+        finite = [(i + 1, v) for i, v in enumerate(losses) if v is not None]
         run.curves.append(Curve(label, stage, tuple(i for i, _ in finite), tuple(v for _, v in finite)))
     return student.eval()
 

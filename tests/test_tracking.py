@@ -71,7 +71,7 @@ def test_curve__a_panel_a_stage(tmp_path: Path) -> None:
         for stage, loss in (("encoder", 4.0), ("prompts", 2.0)):
             for step in range(1, 6):
                 tracker.log(stage, {"step": step, "loss": loss / step})
-        tracker.log("prompts", {"step": 6, "loss": -1.0})
+        tracker.log("prompts", {"step": 6, "loss": None})
     drawn = learning.draw(tmp_path / "log.jsonl")
     assert drawn == str(tmp_path / "curve.svg")
     root = ElementTree.parse(drawn).getroot()

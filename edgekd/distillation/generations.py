@@ -57,9 +57,9 @@ def teachers_of(stage: Stage, teachers: Any, assistants: Mapping[str, Any], loss
     return {best.name: best, **(teachers if several(stage) else {})}
 
 
-def end_loss(curve: Sequence[Mapping[str, float]]) -> float:
+def end_loss(curve: Sequence[Mapping[str, float | None]]) -> float:
     """The mean over the last tenth of a stage's steps that had a finite loss."""
-    found = [row["loss"] for row in curve if row["loss"] >= 0]
+    found = [row["loss"] for row in curve if row["loss"] is not None]
     last = found[-max(1, len(found) // 10) :]
     return sum(last) / len(last) if last else float("inf")
 

@@ -41,7 +41,7 @@ class Tracker:
         self._file.flush()
         if self._writer is not None:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self._writer.add_scalar(f"{stage}/{name}", value, row["step"])
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ from edgekd.workspace import atomic_path, fingerprint
 
 MOST_BAD_STEPS = 10
 CHECKPOINT_SECONDS = 15.0
-Row = dict[str, float]
+Row = dict[str, float | None]
 
 
 @dataclass
@@ -122,7 +122,7 @@ class StageTrainer:
         self.step += 1
         self.seen += stage.accumulate * self.group.world * self.batch_size
         row = {"step": self.step, "loss": value, "lr": lr, "norm": norm, **({f"loss.{k}": v for k, v in parts.items()} if len(parts) > 1 else {})}
-        return {k: v if math.isfinite(v) else -1.0 for k, v in row.items()}
+        return {k: v if math.isfinite(v) else None for k, v in row.items()}
 
     def follow(self) -> None:
         """Move the average of the weights towards them."""

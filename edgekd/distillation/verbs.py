@@ -79,7 +79,7 @@ def training_key(stages: Sequence[Stage], student: Any, teachers: Mapping[str, A
 def curve_summary(results: Sequence[StageResult]) -> dict[str, Any]:
     """First and last loss (means over a tenth of the steps) of every stage; `loss` is that of the first, whose objectives later stages may not have."""
     def ends(result: StageResult) -> dict[str, float]:
-        losses = [r["loss"] for r in result.curve if r["loss"] >= 0]
+        losses = [r["loss"] for r in result.curve if r["loss"] is not None]
         n = max(1, len(losses) // 10)
         return {"first": sum(losses[:n]) / n, "last": sum(losses[-n:]) / n}
 

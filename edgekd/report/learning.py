@@ -18,7 +18,7 @@ STYLE = """text { font: 12px sans-serif; fill: #374151 } .axis, .tick { font-siz
 
 def draw(log: Path) -> str | None:
     """Write `curve.svg` beside a log; its path, or None where no stage has two steps with a finite loss."""
-    rows = [r for r in read(log) if r["loss"] >= 0] if log.is_file() else []
+    rows = [r for r in read(log) if r["loss"] is not None] if log.is_file() else []
     found = [Curve("", stage, tuple(r["step"] for r in own), tuple(r["loss"] for r in own)) for stage, own in
              ((stage, list(group)) for stage, group in groupby(rows, key=lambda r: r["stage"]))]
     panels = [(c.stage, curve(c, WIDTH, HEIGHT)) for c in found if len(c.steps) > 1]
