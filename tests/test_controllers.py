@@ -454,4 +454,4 @@ def test_score__is_the_loss_for_each_parameter_saved() -> None:
     """Teacher 100: 20 saved at loss 1, 60 saved at loss 2, and one that saves nothing."""
     assert generations.score(100, 80, 1.0)[0] == pytest.approx(-1 / 20) and generations.score(100, 40, 2.0)[0] == pytest.approx(-2 / 60)
     assert generations.score(100, 40, 2.0) > generations.score(100, 80, 1.0) > generations.score(100, 120, 0.1)
-    assert generations.end_loss([{"loss": 9.0}] * 18 + [{"loss": 1.0}, {"loss": 3.0}, {"loss": -1.0}]) == 2.0
+    assert generations.end_loss([{"loss": 9.0}] * 18 + [{"loss": 1.0}, {"loss": 3.0}, {"loss": None}]) == 2.0
