@@ -315,7 +315,7 @@ def with_auto(recipe: Recipe, *, runs: Mapping[str, Sequence[str]], exports: Map
         recipe = recipe.model_copy(update={"formats": both})
     if recipe.quantization.schemes == "auto":
         possible = [s for f in recipe.formats if f in runs and f in exports for s in exports[f] if s in runs[f]]
-        schemes = list(dict.fromkeys([REFERENCE_SCHEME, *possible]))
+        schemes = sorted(dict.fromkeys(possible), key=lambda s: s != REFERENCE_SCHEME)  # an integer-only NPU has none
         recipe = recipe.model_copy(update={"quantization": recipe.quantization.model_copy(update={"schemes": schemes})})
     return recipe
 
