@@ -1,4 +1,5 @@
-"""What works on this machine, and the exact command that mends what does not. Changes nothing and loads no toolchain it need not."""
+"""What works on this machine, and the exact command that mends what does not. Changes nothing unless told to `install`, and loads no toolchain it
+need not."""
 from __future__ import annotations
 
 import os
@@ -8,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgekd import plugins
-from edgekd.errors import EdgekdError
+from edgekd import console, plugins
+from edgekd.errors import EdgekdError, UsageError
+from edgekd.export import _envs
 from edgekd.measurement import PACKAGES, cpu, installed
 
 GB = 1e9
@@ -34,9 +36,24 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
         "disk": disk(folder),
         "packages": installed(PACKAGES),
         "formats": formats(),
+        "environments": _envs.states(),
         "transports": transports(),
         "plugins": [{"name": b.name, "origin": b.origin, "reason": b.reason} for b in plugins.broken()],
     }
+
+
+def install(name: str) -> Path:
+    """Make the Python environment of a toolchain that cannot share this one; its interpreter. What is being done is logged.
+
+    Raises:
+        UsageError: no environment of that name.
+        EdgekdError: no fitting Python, too little disk, or a step fails; nothing is left behind.
+    """
+    from edgekd.teachers.huggingface import forbidden  # loads torch
+
+    if forbidden():
+        raise UsageError("nothing is installed offline", hint="leave --offline away")
+    return _envs.install(name, console.log)
 
 
 def formats() -> list[dict[str, Any]]:

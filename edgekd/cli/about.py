@@ -68,11 +68,14 @@ def init(
 
 
 @app.command()
-def doctor(json: Json = False) -> int:
+def doctor(
+    install: Annotated[str | None, typer.Option("--install", metavar="NAME", help="First make the Python environment of a toolchain that cannot share this one: rknn.")] = None,
+    json: Json = False,
+) -> int:
     """Say what works here, and what mends the rest."""
     from edgekd import api, console
 
-    found = api.doctor()
+    found = api.doctor(install=install) if install is not None else api.doctor()
     if json:
         console.emit(found)
         return 0
@@ -83,6 +86,7 @@ def doctor(json: Json = False) -> int:
             ["memory", mark[found["memory"]["ok"]], f"{found['memory']['available_bytes'] / gb:.1f} of {found['memory']['total_bytes'] / gb:.1f} GB free", None],
             ["disk", mark[found["disk"]["ok"]], f"{found['disk']['free_bytes'] / gb:.1f} GB free", None]]
     rows += [[f"format {f['name']}", mark[f["ok"]], f["version"] or f["reason"], f["fix"]] for f in found["formats"]]
+    rows += [[f"environment {e['name']}", mark[e["ok"]], " ".join(e["packages"]) if e["ok"] else e["reason"], e["fix"]] for e in found["environments"]]
     rows += [[f"device by {t['name']}", mark[t["ok"]], t["note"], None] for t in found["transports"]]
     rows += [[f"plug-in {p['name']}", "--", p["reason"], f"pip uninstall {p['origin']}, or mend it"] for p in found["plugins"]]
     console.table(["what", "", "found", "note or fix"], rows)
