@@ -8,20 +8,19 @@ Results are typed reports or plain JSON-like dictionaries; files go under `outpu
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd import console
 from edgekd import recipe as recipes
 from edgekd import target as targets
-from edgekd.errors import EdgekdError, UsageError, unknown
+from edgekd.errors import UsageError, unknown
 from edgekd.protocols import PROMPTABLE
 from edgekd.workspace import write_atomic
 
 if TYPE_CHECKING:
     from edgekd.artifact import DecoderSignature
-    from edgekd.protocols import Dataset
     from edgekd.recipe import CacheCodec, Recipe
     from edgekd.report.schema import Report
     from edgekd.tasks.classification.predict import Classes
@@ -125,67 +124,74 @@ def train(*, recipe: str | Path, output: Path, sets: Sequence[str] = ()) -> dict
 
 def export(*, model: str | Path, to: Sequence[str], output: Path, scheme: str | None = None, data: str | Path | None = None,
            target: str | None = None, threads: int | None = None, decoder_signature: DecoderSignature = "batched",
-           lengths: Mapping[str, int] | None = None) -> dict[str, Any]:
+           lengths: Mapping[str, int] | None = None, inputs: Sequence[str] = (), mean: Sequence[float] | None = None,
+           std: Sequence[float] | None = None) -> dict[str, Any]:
     """Export a model in every format of `to`; one that fails is a row with its reason and does not stop the others.
 
     Args:
+        inputs: of a model of your own, `module:factory`: one `1x3x224x224` or `tokens=Nx77:int64` each (docs/own-models.md). `data` is then photos or arrays.
+        mean: with `std`, how photos become the input of such a model: (pixel - mean) / std of RGB in 0..255; 0..1 when left out.
         scheme: a precision; each format's own first one when left out.
         decoder_signature: `batched` takes many prompts a call; `sam` is the six-input decoder of segment-anything's own export, for
-            applications that expect it.
-        lengths: `prompts` and `points` of a call, for formats whose shapes cannot vary.
+            applications that expect it; `embedded` takes points that the caller has embedded, for NPUs (docs/decoder-signatures.md).
+        lengths: `prompts` and `points` of a call, for formats whose shapes cannot vary; axes of any length of a model of your own.
     """
-    from edgekd import comparing, exporting, plugins, resolve
+    from edgekd import exports
 
-    offered = {format: plugins.exporter(format).schemes for format in to}
-    if scheme is not None and not any(scheme in schemes for schemes in offered.values()):
-        raise unknown(f"{to[0]} scheme" if len(to) == 1 else "scheme", scheme, {s for schemes in offered.values() for s in schemes})
     device = targets.resolve(target) if target is not None else None
-    source = resolve.load_torch(model)
-    asked = {format: scheme or schemes[0] for format, schemes in offered.items()}
-    photos = _calibration_data(asked.values(), data, several=len(to) > 1)
-    calibration = comparing.calibrate(source, photos, limit=32) if photos is not None else None
-    examples = comparing.examples(source, photos)
-    rows: list[dict[str, Any]] = []
-    for format, precision in asked.items():
-        name = exporting.candidate_id(source.name, source.preprocess.image_size, format, precision)
-        console.log(f"export {name}")
-        try:
-            manifest = exporting.export_model(source, Path(output) / name, format=format, scheme=precision, teacher=resolve.teacher_of(model),
-                                              calibration=calibration, examples=examples, threads=threads, qdq=device.qdq(format) if device else "u8s8",
-                                              decoder_signature=decoder_signature, lengths=lengths)
-        except (EdgekdError, OSError) as e:
-            if len(to) == 1 and isinstance(e, UsageError):
-                raise
-            rows.append({"format": format, "scheme": precision, "status": "failed", "reason": e.what if isinstance(e, EdgekdError) else str(e),
-                         "hint": getattr(e, "hint", None)})
-            continue
-        rows.append(_exported(manifest, Path(output) / name))
-    return {"exports": rows}
-
-
-def _exported(manifest: Any, folder: Path) -> dict[str, Any]:
-    """The row of a format that was written."""
-    last = manifest.components.get("decoder") or list(manifest.components.values())[-1]
-    return {"format": manifest.format, "scheme": manifest.scheme, "status": "ok", "id": manifest.id, "path": str(folder), "ran_here": manifest.ran_here,
-            "checked": manifest.checked, "decoder_signature": manifest.decoder_signature, "size_bytes": manifest.size_bytes, "parity": last.parity,
-            "components": {n: {"format": c.format or manifest.format, "scheme": c.scheme, "state": c.state, "executed_precision": c.executed_precision,
-                               "parity": c.parity, "stand_in": c.stand_in, "findings": c.findings, "note": c.note}
-                           for n, c in manifest.components.items()}}
+    return exports.export(exports.Request(
+        model=str(model), formats=tuple(to), output=Path(output), scheme=scheme, data=data, qdq=device.qdq if device else lambda format: "u8s8", threads=threads,
+        decoder_signature=decoder_signature, lengths=dict(lengths or {}), inputs=tuple(inputs), mean=mean, std=std))
 
 
 def quantize(*, model: str | Path, scheme: str, format: str = "onnx", target: str = "host", data: str | Path | None = None,
-             output: Path, limit: int = 32) -> dict[str, Any]:
-    """Export a model in a precision and in fp32, and compare the two: size, latency where it can be measured, agreement of masks."""
+             output: Path, limit: int = 32, lengths: Mapping[str, int] | None = None, mean: Sequence[float] | None = None,
+             std: Sequence[float] | None = None, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Export a model in a precision and in fp32, and compare the two: size, latency where it can be measured, agreement of masks.
+
+    A float `.onnx` file of anybody's is quantized itself and compared with itself by its outputs (docs/own-models.md); what follows is for such.
+
+    Args:
+        lengths: of axes of any length, in seeded arrays and pictures.
+        mean: with `std`, how photos of `data` become the input: (pixel - mean) / std of RGB in 0..255; 0..1 when left out.
+        size: (height, width) of pictures, where the model takes any.
+    """
     from edgekd import comparing
 
-    return comparing.quantize(model, scheme=scheme, format=format, target=targets.resolve(target), data=data, output=Path(output), limit=limit)
+    device = targets.resolve(target)
+    if Path(model).suffix.lower() == ".onnx":
+        from edgekd.own import data as own_data
+        from edgekd.own import files
+
+        photos = own_data.Photos.of(mean, std, size)
+        return files.quantize(files.Request(Path(model).expanduser(), scheme, format, device, Path(output), data, lengths, photos))
+    if lengths or mean or std or size:
+        raise UsageError("--length, --mean, --std and --size of `quantize` are for an .onnx file", where=str(model), hint="leave them out: the model says itself")
+    return comparing.quantize(model, scheme=scheme, format=format, target=device, data=data, output=Path(output), limit=limit)
 
 
-def profile(*, artifact: str | Path, target: str = "host", threads: int | None = None, warmup: int = 3, repeats: int = 30, prompts: int = 1) -> dict[str, Any]:
-    """Latency, memory and size of an artifact on a device, with the circumstances."""
-    from edgekd.profiling import profile_artifact
+def profile(*, artifact: str | Path, target: str = "host", threads: int | None = None, warmup: int = 3, repeats: int = 30, prompts: int = 1,
+            format: str | None = None, scheme: str | None = None, lengths: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Latency, memory and size of an artifact on a device, with the circumstances; or of a model file of any format alone.
 
-    device, folder = targets.resolve(target), _artifact(artifact)
+    Args:
+        format: of a file, where its suffix does not say it.
+        scheme: the precision that a file is to be run in, where its runtime has a choice.
+        lengths: of a file's axes of any length, which are 1 otherwise.
+    """
+    from edgekd import resolve
+    from edgekd.profiling import bare, profile_artifact
+
+    device, path = targets.resolve(target), Path(artifact).expanduser()
+    folder: Path | bare.ModelFile
+    if resolve.artifact_folder(path) is None and bare.is_model_file(path):
+        folder = bare.model_file(path, format=format, scheme=scheme, lengths=lengths)
+        if device.reachable:
+            bare.require_runtime(folder)
+    else:
+        folder = _artifact(artifact)
+        if format or scheme or lengths:
+            raise UsageError("--format, --scheme and --length of `profile` are for a model file alone", where=folder, hint="leave them out: the manifest says it")
     found = profile_artifact(folder, device, prompts=prompts, threads=threads, warmup=warmup, repeats=repeats)
     return {**found.model_dump(mode="json", by_alias=True, exclude_none=True), "transport": device.device.transport}
 
@@ -287,10 +293,20 @@ def report(*, run: Path) -> Path:
     return reports.rebuild(Path(run))
 
 
-def doctor() -> dict[str, Any]:
-    """What works on this machine, and the exact command that mends what does not."""
+def doctor(*, install: str | None = None) -> dict[str, Any]:
+    """What works on this machine, and the exact command that mends what does not.
+
+    Args:
+        install: the name of an environment to make first, for a toolchain that cannot share this one (`rknn`).
+
+    Raises:
+        UsageError: no environment of that name.
+        EdgekdError: it cannot be made, with pip's last words.
+    """
     from edgekd import doctor as examination
 
+    if install is not None:
+        examination.install(install)
     return examination.examine()
 
 
@@ -315,15 +331,3 @@ def init(*, kind: str, name: str, path: Path, force: bool = False) -> Path:
     source = shelf[chosen]
     text = targets.dump(targets.resolve(chosen)) if isinstance(source, Mapping) else source.read_text(encoding="utf-8")
     return write_atomic(path, text)
-
-
-def _calibration_data(asked: Iterable[str], data: str | Path | None, *, several: bool) -> Dataset | None:
-    """The photos that the precisions asked for are shown, where any of them looks at some."""
-    from edgekd.data import open_data
-    from edgekd.quantization import schemes
-
-    known = [schemes.get(name) for name in asked]
-    missing = [scheme.name for scheme in known if scheme.needs_calibration]
-    if data is None and missing and not several:
-        raise UsageError(f"{missing[0]} needs calibration images", hint="give a folder of images with --data")
-    return open_data(data, masks=False) if data is not None and any(scheme.looks_at_inputs for scheme in known) else None

@@ -18,8 +18,9 @@ from edgekd.protocols import PROMPTABLE, Preprocess, State
 from edgekd.workspace import sha256, write_json
 
 SCHEMA: Final = "edgekd.artifact/1"
-DecoderSignature = Literal["batched", "sam"]
-"""`batched`: P prompts of N points a call. `sam`: the six inputs of segment-anything's export script, one prompt a call."""
+DecoderSignature = Literal["batched", "sam", "embedded"]
+"""`batched`: P prompts of N points a call. `sam`: the six inputs of segment-anything's export script, one prompt a call. `embedded`: the same as
+`batched`, with points that the caller has embedded, for NPUs."""
 MANIFEST = "manifest.json"
 
 
@@ -74,6 +75,8 @@ class ArtifactComponent(_Model):
     """Whether it `ran` where it was exported, was `built` by its vendor's compiler, or its contents were `checked`."""
     stand_in: str | None = None
     """What computed the file's contents for `parity`, where its runtime was not."""
+    host: list[str] = []
+    """Those of `files` that the caller computes inputs of this part from (`docs/decoder-signatures.md`)."""
     findings: dict[str, Any] = {}
     """What a compiler, simulator or reading of the file said, of one that did not run."""
 
@@ -113,13 +116,14 @@ class Manifest(_Model):
     task: str = PROMPTABLE
     labels: list[str] = []
     """Names of a classifier's classes in their order; none where they are not known."""
-    image_size: int
-    embed_dim: int
+    image_size: int | None = None
+    embed_dim: int | None = None
+    """Both, and `preprocess`, of models that take photos."""
     format: str
     scheme: str
     decoder_signature: DecoderSignature = "batched"
     components: dict[str, ArtifactComponent]
-    preprocess: PreprocessSpec
+    preprocess: PreprocessSpec | None = None
     files: list[File]
     versions: dict[str, str] = {}
     created: str

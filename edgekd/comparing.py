@@ -55,7 +55,11 @@ def quantize(model: str | Path, *, scheme: str, format: str, target: Target, dat
     dataset = open_data(data, masks=False) if data is not None else None
     if dataset is None and schemes.get(scheme).needs_calibration:
         raise UsageError(f"{scheme} needs calibration images", hint="give a folder of images with --data")
-    source, teacher, folder = resolve.load_torch(model), resolve.teacher_of(model), usable_folder(output)
+    source, teacher = resolve.load_torch(model), resolve.teacher_of(model)
+    if not hasattr(source, "preprocess"):
+        raise UsageError(f"'{model}' is a {type(source).__name__} whose inputs are not known",
+                         hint=f"edgekd export --model {model} --input 1x3x224x224 --to onnx --output DIR, then edgekd quantize the .onnx file")
+    folder = usable_folder(output)
     manifests: list[Manifest] = []
     for each in dict.fromkeys((REFERENCE_SCHEME, scheme)):
         name = exporting.candidate_id(source.name, source.preprocess.image_size, format, each)
@@ -99,7 +103,7 @@ def _report(reference: Manifest, found: Manifest, folder: Path, target: Target, 
 def is_integer(op: str) -> bool:
     """Whether an executed operator is integer arithmetic: onnxruntime tells it by the name, OpenVINO as `Convolution:i8`."""
     kind, _, precision = op.partition(":")
-    return precision in ("i8", "u8") or re.match(r"QLinear(Conv|MatMul)|QGemm|QAttention|ConvInteger|MatMulInteger|DynamicQuantize(MatMul|LSTM)", kind) is not None
+    return precision in ("i8", "u8", "i16", "u16") or re.match(r"QLinear(Conv|MatMul)|QGemm|QAttention|ConvInteger|MatMulInteger|DynamicQuantize(MatMul|LSTM)", kind) is not None
 
 
 def calibrate(model: Any, dataset: Dataset, *, limit: int) -> dict[str, Any]:

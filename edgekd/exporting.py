@@ -29,6 +29,7 @@ from edgekd.parity import sound
 from edgekd.probes import pictures
 from edgekd.protocols import Component, Exporter, Reference, Session, facts
 from edgekd.runtime import Refitted, as_array, fitted, open_artifact
+from edgekd.workspace import write_atomic
 
 __all__ = ["candidate_id", "export_model", "folded", "open_artifact"]
 
@@ -36,9 +37,9 @@ FOLD_COSINE = 0.999999
 Calibration = Mapping[str, Iterable[Mapping[str, np.ndarray]]]
 
 
-def candidate_id(student: str, image_size: int, format: str, scheme: str) -> str:
-    """The name of a (student, size, format, scheme) point, which is also its folder's."""
-    return f"{student}-{image_size}-{format}-{scheme}"
+def candidate_id(student: str, image_size: int | None, format: str, scheme: str) -> str:
+    """The name of a (student, size, format, scheme) point, which is also its folder's. A model that takes no photos has no size."""
+    return "-".join([student, *([] if image_size is None else [str(image_size)]), format, scheme])
 
 
 def export_model(
@@ -53,12 +54,13 @@ def export_model(
         name: the artifact's id; by default `candidate_id(...)`.
         calibration: component name -> re-iterable of inputs, for static schemes. A component without an entry stays in fp32.
             fp16 is searched for overflows on the same inputs, or on the examples.
-        examples: (n, 3, S, S) normalised images for the parity check; by default seeded pictures.
+        examples: (n, 3, S, S) normalised images for the parity check; by default seeded pictures. A model without `preprocess` has `samples` of its
+            own, and none are taken.
         threads: of the sessions that parity runs on.
         qdq: the activation style of the target, `u8s8` or `s8s8_symmetric`.
         lengths: symbol of an axis -> its length, for formats whose axes cannot vary (`Component.lengths` says what is taken otherwise).
-        decoder_signature: of a promptable model: `batched` (many prompts in a call) or `sam` (the six inputs of segment-anything's export, one
-            prompt a call).
+        decoder_signature: of a promptable model: `batched` (many prompts in a call), `sam` (the six inputs of segment-anything's export, one
+            prompt a call) or `embedded` (points are embedded by the caller).
         gate: False records parity without failing on it (untrained students, exported for their latency).
 
     Raises:
@@ -70,9 +72,9 @@ def export_model(
         raise unknown("decoder signature", decoder_signature, get_args(DecoderSignature))
     if scheme.endswith("_static") and not calibration:
         raise UsageError(f"{scheme} needs calibration images", hint="give a folder of images with --data")
-    task, size = plugins.task_of(model), model.preprocess.image_size
-    images = as_array(examples) if examples is not None and len(examples) else pictures(2, size, np.random.default_rng(0))
-    student = folded(model, images[:1])
+    task, spec = plugins.task_of(model), model.preprocess
+    size, images = spec and spec.image_size, _images(model, examples)
+    student = folded(model, images if isinstance(images, list) else images[:1])
     reference = task.reference(student, images, decoder_signature)
     components = [_with_lengths(part, lengths or {}) for part in task.components(student, decoder_signature).values()]
     job = _Job(exporter, scheme, calibration or {}, threads, qdq, gate, reference, photos=task.photo_component)
@@ -80,19 +82,26 @@ def export_model(
     with _staged(folder) as staging:
         parts = {part.name: job.export(part, staging) for part in components}
         _refuse_unchanged(parts, format, scheme)
-        files = [file for part in parts.values() for file in part.files]
+        files = list(dict.fromkeys(file for part in parts.values() for file in part.files))
         manifest = Manifest(
             id=name or candidate_id(model.name, size, format, scheme), student=model.name, teacher=teacher, task=task.name, image_size=size,
             labels=list(getattr(model, "labels", ())), embed_dim=model.embed_dim, format=format, scheme=scheme, decoder_signature=decoder_signature,
-            components=parts, files=describe_files(staging, files), preprocess=PreprocessSpec.of(model.preprocess), versions=installed(),
+            components=parts, files=describe_files(staging, files), preprocess=spec and PreprocessSpec.of(spec), versions=installed(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"), source_sha256=weights_sha256(model),
             checked=_checked(parts, exporter, reference))
         manifest.save(staging)
     return manifest
 
 
+def _images(model: Any, examples: Any) -> Any:
+    """What a model is looked at with."""
+    if model.preprocess is None:
+        return model.samples
+    return as_array(examples) if examples is not None and len(examples) else pictures(2, model.preprocess.image_size, np.random.default_rng(0))
+
+
 def folded(model: Any, images: Any) -> Any:
-    """The deploy form of a model in eval mode, after checking that it computes the same for `images` (B, 3, S, S).
+    """The deploy form of a model in eval mode, after checking that it computes the same for `images` (B, 3, S, S), or a list of what its task takes.
 
     Raises:
         EdgekdError: the folded form differs (cosine below 0.999999).
@@ -100,7 +109,7 @@ def folded(model: Any, images: Any) -> Any:
     training, deploy, task = model.training, fold(model).eval(), plugins.task_of(model)
     model.eval()
     try:
-        batch = torch.from_numpy(as_array(images))
+        batch = images if isinstance(images, list) else torch.from_numpy(as_array(images))
         with torch.no_grad():
             before, after = task.answers(model, batch), task.answers(deploy, batch)
     finally:
@@ -163,7 +172,9 @@ class _Job:
         samples = self._samples(part, scheme)
         files = self.exporter.export(taken, path, scheme=scheme, qdq=self.qdq,
                                      calibration=Refitted(samples, inputs, fixed) if samples is not None and fixed else samples)
-        about: dict[str, Any] = {"file": path.name, "files": [f.name for f in files], "inputs": inputs, "outputs": outputs, "scheme": scheme, "fixed": fixed}
+        files += [write_atomic(staging / name, contents) for name, contents in part.host.items()]
+        about: dict[str, Any] = {"file": path.name, "files": [f.relative_to(staging).as_posix() for f in files], "host": list(part.host), "inputs": inputs,
+                                 "outputs": outputs, "scheme": scheme, "fixed": fixed}
         if self.exporter.availability().runs:
             session = self.exporter.open(path, scheme=scheme, threads=self.threads)
             parity = self._compare(part, fitted(session, inputs, outputs, fixed), scheme)
@@ -182,7 +193,7 @@ class _Job:
         """What a component is shown before it is exported: calibration inputs, as its signature takes them."""
         given = self.calibration.get(part.name)
         if given is None:
-            return self.reference.samples(part) if scheme == "fp16" else None
+            return self.reference.samples(part) if scheme == "fp16" or scheme.endswith("_weight_only") else None
         return self.reference.adapt(part, given)
 
     def _compare(self, part: Component, session: Session, scheme: str) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _artifact(folder: Path) -> dict[str, Any]:
     """An exported artifact, from its manifest."""
     manifest = artifact.Manifest.load(folder)
     return {"name": manifest.id, "family": "artifact", "variant": manifest.student, "layout": manifest.format, "scheme": manifest.scheme,
-            "file": {"path": str(folder), "size_bytes": manifest.size_bytes, "sha256": None}, "preprocess": manifest.preprocess.model_dump(),
+            "file": {"path": str(folder), "size_bytes": manifest.size_bytes, "sha256": None}, "preprocess": manifest.preprocess.model_dump() if manifest.preprocess else None,
             "components": {n: {"file": c.file, "scheme": c.scheme, "executed_precision": c.executed_precision} for n, c in manifest.components.items()},
             "teacher": manifest.teacher, "problems": []}
 

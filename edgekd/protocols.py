@@ -235,6 +235,9 @@ class Component:
     padding: Mapping[str, float] = field(default_factory=dict)
     """input name -> what its rows are filled up with along such an axis, without changing the answer; 0 where it is not said"""
 
+    host: Mapping[str, bytes] = field(default_factory=dict)
+    """file name -> contents of what the caller needs to compute inputs of this part itself; written beside it"""
+
     def fixed(self) -> Component:
         """The same with every axis of the length in `lengths`, for formats that take no others.
 
@@ -261,6 +264,8 @@ class Port:
     name: str
     shape: tuple[int | None, ...]
     dtype: str
+    axes: tuple[str | None, ...] = ()
+    """What the file calls its axes of any length, where it does."""
 
 
 class Session(Protocol):
@@ -362,6 +367,11 @@ class Facts:
 
     beside: str | None = None
     """The format of the components that this one can never take (`CannotTake`), other than the one that takes photos."""
+
+    def files(self, path: Path) -> list[Path]:
+        """All files that make one of this format: `path`, or what is in it, and weights of the same name beside it."""
+        weights = path.with_suffix(".bin")
+        return [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path, *([weights] if weights.is_file() else [])]
 
     def check(self, component: Component, path: Path, *, scheme: str) -> Check:
         """What can be found out about a written file where it cannot run. `component` is what was exported. Raises EdgekdError when it is wrong."""

@@ -36,7 +36,7 @@ def load_model(reference: str | Path, *, threads: int | None = None, task: str |
     if folder is not None:
         from edgekd.runtime import open_artifact
 
-        return open_artifact(folder, threads=threads)
+        return open_artifact(folder, threads=threads, stand_in=True)
     return load_torch(reference, task=task)
 
 

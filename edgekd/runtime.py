@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from edgekd import artifact, plugins
+from edgekd import artifact, console, plugins
 from edgekd.artifact import ArtifactComponent, Manifest, Tensor
 from edgekd.errors import EdgekdError
 from edgekd.protocols import Session, facts
@@ -23,8 +23,14 @@ class Opened:
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None, stand_in: bool = False) -> None:
         self.folder, self.manifest, self.threads, self.stand_in = Path(folder), manifest, threads, stand_in
         self.name, self.embed_dim, self.task = manifest.id, manifest.embed_dim, manifest.task
-        self.preprocess = manifest.preprocess.to_preprocess()
+        if manifest.preprocess is not None:
+            self.preprocess = manifest.preprocess.to_preprocess()
         self._sessions: dict[str, Session] = {}
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """Its components, in the order of the manifest."""
+        return list(self.manifest.components)
 
     def session(self, component: str) -> Session:
         """The opened session of one component.
@@ -48,6 +54,7 @@ class Opened:
         session = facts(exporter).stand_in(path, scheme=part.scheme, threads=self.threads) if self.stand_in and available.ok else None
         if session is None:
             raise EdgekdError(f"the runtime of '{exporter.format}' is missing here: {available.reason}", where=self.folder, hint=available.fix)
+        console.warn(f"{exporter.format} does not run here; {path.name} is computed by {session.stand_in_for}")  # type: ignore[attr-defined]
         return fitted(session, part.inputs, part.outputs, part.fixed)
 
     def photos(self, component: str, output: str, images: Any) -> np.ndarray:
@@ -101,7 +108,7 @@ class Fitted:
     """A session whose file takes axes of one length, behind calls of any."""
 
     def __init__(self, session: Session, inputs: Sequence[Tensor], outputs: Sequence[Tensor], fixed: Mapping[str, int]) -> None:
-        self.session, self._fitting = session, Fitting(inputs, fixed)
+        self.session, self.fixed, self._fitting = session, fixed, Fitting(inputs, fixed)
         self._follow = {o.name for o in outputs if o.shape and o.shape[0] == self._fitting.rows}
 
     def __getattr__(self, name: str) -> Any:

@@ -25,7 +25,7 @@ def overlays(bench: Bench, chosen: str | None, photos: Dataset) -> list[Overlay]
         return []
     from edgekd.report.overlays import compare
 
-    student, teacher = predictor(open_artifact(bench.artifact(chosen), threads=bench.threads)), predictor(bench.teacher)
+    student, teacher = predictor(open_artifact(bench.artifact(chosen), threads=bench.threads, stand_in=True)), predictor(bench.teacher)
     labelled = photos if photos.has_masks else pseudo_label(bench.teacher, photos)
     drawn = []
     for index in range(min(PHOTOS, len(labelled))):

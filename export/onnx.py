@@ -21,13 +21,15 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.export import _foreign
 from edgekd.export._gelu import reorder
 from edgekd.export._half import KEPT, convert, module_of, name_layers, overflowing
+from edgekd.export._int8 import QDQ_STYLES, Source, quantizable, quantize
 
 from edgekd.errors import EdgekdError, UsageError, first_line, unknown
 from edgekd.protocols import Availability, Component, Facts, Port, package_version
@@ -36,23 +38,20 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
+__all__ = ["OnnxExporter", "OnnxSession", "content_key", "exporter", "float_file", "float_graph", "is_large", "quantizable"]
+
 OPSET = 18
 KEPT_GRAPHS = 8
 FLOAT16 = 10  # onnx.TensorProto.FLOAT16, without importing it
-ARITHMETIC = ("Conv", "MatMul", "Gemm")  # what is worth quantizing
 INTEGER_OPS = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm",
                "DynamicQuantizeLSTM", "QAttention"}
 FLOAT_OPS = {"Conv", "FusedConv", "ConvTranspose", "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Attention", "MultiHeadAttention"}
-QDQ_STYLES = {
-    "u8s8": {},
-    "s8s8_symmetric": {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
-}
 
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(int64)": "int64", "tensor(int32)": "int32",
           "tensor(uint8)": "uint8", "tensor(int8)": "int8", "tensor(bool)": "bool"}
 """onnxruntime's names of types -> numpy's"""
 
-LARGE = 1_800_000_000
+LARGE = _foreign.LARGE
 """bytes of weights from which they are kept outside of the graph (ViT-H: 2.5e9)"""
 
 _graphs: OrderedDict[str, tempfile.TemporaryDirectory[str]] = OrderedDict()
@@ -197,19 +196,27 @@ class OnnxExporter(Facts):
 
         `fp16` takes `calibration` too: the inputs that are searched for what overflows.
         """
+        self._check(component.name, scheme, calibration, qdq)
+        return _place(Source(float_file(component), component.name, is_large(component)), Path(path), scheme, calibration, qdq)
+
+    def rewrite(self, source: Path, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
+        """Write anybody's float ONNX file in another precision at `path`; `source` is only read. Unlike in our decoders, activations whose length
+        varies are quantized too. Raises as `export` does."""
+        self._check(source.name, scheme, calibration, qdq)
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+            return _place(Source(_foreign.ready(source, Path(folder)), source.name, _foreign.is_large(source), varying=True), Path(path), scheme, calibration, qdq)
+
+    def files(self, path: Path) -> list[Path]:
+        """The graph and the files its weights lie in."""
+        return _foreign.files_of(path)
+
+    def _check(self, where: str, scheme: str, calibration: Any, qdq: str) -> None:
         if scheme not in self.schemes:
             raise unknown("onnx scheme", scheme, self.schemes)
         if qdq not in QDQ_STYLES:
             raise unknown("QDQ style", qdq, QDQ_STYLES)
         if scheme in ("w8a8_static", "fp16") and calibration is None:
-            raise UsageError(f"{scheme} needs calibration images", where=component.name, hint="give a folder of images with --data")
-        source, path = float_file(component), Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-            files = _export(component, source, Path(folder) / path.name, scheme, calibration, qdq)
-            for file in files[::-1]:  # the graph, which makes it a model, last
-                os.replace(file, path.with_name(file.name))
-        return [path.with_name(f.name) for f in files]
+            raise UsageError(f"{scheme} needs calibration images", where=where, hint="give a folder of images with --data")
 
     def open(self, path: Path, *, scheme: str, threads: int | None = None) -> OnnxSession:
         """A session on the CPU with `threads` threads (None: onnxruntime's own choice)."""
@@ -234,7 +241,8 @@ class OnnxSession:
     @property
     def inputs(self) -> list[Port]:
         """What the graph takes."""
-        return [Port(i.name, tuple(n if isinstance(n, int) else None for n in i.shape), DTYPES.get(i.type, i.type)) for i in self._session.get_inputs()]
+        return [Port(i.name, tuple(n if isinstance(n, int) else None for n in i.shape), DTYPES.get(i.type, i.type),
+                     tuple(n if isinstance(n, str) else None for n in i.shape)) for i in self._session.get_inputs()]
 
     @property
     def executed_ops(self) -> dict[str, int]:
@@ -267,12 +275,16 @@ class OnnxSession:
                 self._graph = onnx.load(file, load_external_data=False)
         return self._graph
 
+    def _settle(self, options: Any) -> None:
+        """Further settings of onnxruntime's session: none."""
+
     def _start(self, optimised: Path | None = None) -> Any:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.log_severity_level = 3  # it warns that an optimised graph fits this CPU only, which is the point
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads or 0, 1
+        self._settle(options)
         if optimised:
             options.optimized_model_filepath = str(optimised)
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{optimised.name}.data")
@@ -283,89 +295,30 @@ class OnnxSession:
             raise EdgekdError(f"onnxruntime cannot open the file: {first_line(e)}", where=self._path, hint="export the model again") from e
 
 
-def _export(component: Component, source: Path, target: Path, scheme: str, calibration: Any, qdq: str) -> list[Path]:
-    """Write one scheme of the float graph in `source` to `target`; what was written, the graph first."""
+def _place(source: Source, path: Path, scheme: str, calibration: Any, qdq: str) -> list[Path]:
+    """Write one scheme of a float graph at `path`, whole or not at all; what was written, the graph first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
+        files = _export(source, Path(folder) / path.name, scheme, calibration, qdq)
+        for file in files[::-1]:  # the graph, which makes it a model, last
+            os.replace(file, path.with_name(file.name))
+    return [path.with_name(f.name) for f in files]
+
+
+def _export(source: Source, target: Path, scheme: str, calibration: Any, qdq: str) -> list[Path]:
     import onnx
 
-    if scheme == "fp32" and not is_large(component):
-        shutil.copyfile(source, target)
+    if scheme == "fp32" and not source.large:
+        shutil.copyfile(source.file, target)
         return [target]
     if scheme == "fp32":
-        return _write(onnx.load(source), target, large=True)
+        return _write(onnx.load(source.file), target, large=True)
     if scheme == "fp16":
-        half = convert(source, overflowing(source, calibration))
+        half = convert(source.file, overflowing(source.file, calibration))
         return _write(half, target, large=sum(len(t.raw_data) for t in half.graph.initializer) > LARGE)
-    _quantize(source, target, component, scheme, calibration, qdq)
+    with _quiet():
+        quantize(source, target, scheme=scheme, calibration=calibration, qdq=qdq)
     return _written(target)
-
-
-def _quantize(source: Path, target: Path, component: Component, scheme: str, calibration: Any, qdq: str) -> None:
-    """Write the int8 form of a float graph to `target`. Raises EdgekdError when there is nothing to quantize or a step fails."""
-    import onnx
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    large = is_large(component)
-    nodes = quantizable(onnx.load(source, load_external_data=False), dynamic=scheme == "w8_dynamic")
-    if not nodes:
-        kinds = "MatMul or Gemm with constant weights" if scheme == "w8_dynamic" else "Conv, MatMul or Gemm with constant weights"
-        raise EdgekdError(f"nothing to quantize: {scheme} works on {kinds}, and the graph has none", where=component.name,
-                          hint="use w8a8_static for convolutional models" if scheme == "w8_dynamic" else "use fp32")
-    try:
-        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder, _quiet():
-            ready = str(Path(folder) / "ready.onnx")
-            # From a file: given a graph in memory, quant_pre_process looks for its weights in a file it removed.
-            quant_pre_process(str(source), ready, skip_symbolic_shape=True, save_as_external_data=large, all_tensors_to_one_file=large)
-            if scheme == "w8_dynamic":  # by kind, not by name: each Gemm is first renamed into a MatMul, and only constant weights are taken
-                quantize_dynamic(ready, str(target), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8,
-                                 use_external_data_format=large)
-            else:
-                kept = {n.name for n in onnx.load(ready, load_external_data=False).graph.node}
-                nodes = [n for n in nodes if n in kept] or nodes  # an empty list would mean every node
-                activation = QuantType.QUInt8 if qdq == "u8s8" else QuantType.QInt8
-                quantize_static(ready, str(target), _Reader(calibration), quant_format=QuantFormat.QDQ, op_types_to_quantize=list(ARITHMETIC),
-                                nodes_to_quantize=nodes, per_channel=True, activation_type=activation, weight_type=QuantType.QInt8,
-                                use_external_data_format=large, calibrate_method=CalibrationMethod.MinMax, extra_options=dict(QDQ_STYLES[qdq]))
-    except EdgekdError:
-        raise
-    except Exception as e:  # the quantizer raises ValueError, RuntimeError, KeyError and onnxruntime's own
-        raise EdgekdError(f"onnxruntime cannot quantize the component: {first_line(e)}", where=component.name, hint="use fp32") from e
-    written = Counter(n.op_type for n in onnx.load(target, load_external_data=False).graph.node)
-    if not (written["QuantizeLinear"] or written["DynamicQuantizeLinear"]):
-        raise EdgekdError("the quantizer left every operator in float", where=component.name, hint="use fp32")
-
-
-def quantizable(graph: onnx.ModelProto, *, dynamic: bool) -> list[str]:
-    """Names of the nodes worth quantizing: arithmetic with constant weights.
-
-    Static activations are left in float where their length varies beyond the batch axis: in a promptable decoder those are
-    the few prompt tokens, which cost nothing and break at 8 bits, while the image side carries the arithmetic.
-    """
-    constant = {t.name for t in graph.graph.initializer}
-    shapes = {v.name: v.type.tensor_type.shape.dim for v in [*graph.graph.value_info, *graph.graph.input, *graph.graph.output]}
-    found = []
-    for node in graph.graph.node:
-        if node.op_type not in (("MatMul", "Gemm") if dynamic else ARITHMETIC) or node.input[1] not in constant:
-            continue
-        varying = any(not d.HasField("dim_value") for d in list(shapes.get(node.input[0], []))[1:])
-        if dynamic or not varying:
-            found.append(node.name)
-    return found
-
-
-class _Reader:
-    """Feeds calibration inputs one by one: a re-iterable of any length in constant memory."""
-
-    def __init__(self, samples: Iterable[Mapping[str, np.ndarray]]) -> None:
-        self._samples = samples
-        self.rewind()
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        sample = next(self._iterator, None)
-        return None if sample is None else dict(sample)
-
-    def rewind(self) -> None:
-        self._iterator: Iterator[Mapping[str, np.ndarray]] = iter(self._samples)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.export import _foreign
 from edgekd.export._half import KEPT, Kept, by_layer, overflowing
 from edgekd.export.onnx import float_file
 
@@ -55,22 +56,24 @@ class OpenVinoExporter(Facts):
 
     def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
         """Write `path` and the `.bin` beside it (see `edgekd.protocols.Exporter.export`). OpenVINO picks its own QDQ style."""
+        self._check(component.name, scheme, calibration)
+        return _write(float_file(component), Path(path), component.name, scheme, calibration, varying=False)
+
+    def rewrite(self, source: Path, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
+        """Write anybody's float ONNX file in another precision at `path`; `source` is only read. Unlike in our decoders, activations whose length
+        varies are quantized too. Raises as `export` does."""
+        self._check(source.name, scheme, calibration)
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+            return _write(_foreign.ready(source, Path(folder)), Path(path), source.name, scheme, calibration, varying=True)
+
+    def _check(self, where: str, scheme: str, calibration: Any) -> None:
         if scheme not in self.schemes:
             raise unknown("openvino scheme", scheme, self.schemes)
         if scheme in ("w8a8_static", "fp16") and calibration is None:
-            raise UsageError(f"{scheme} needs calibration images", where=component.name, hint="give a folder of images with --data")
+            raise UsageError(f"{scheme} needs calibration images", where=where, hint="give a folder of images with --data")
         _openvino()
         if scheme == "bf16":
             _require_bf16()
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-            model = _read(component)
-            if scheme == "w8a8_static":
-                model = _quantize(model, component, calibration)
-            if scheme == "fp16":
-                model = _keep(model, overflowing(float_file(component), calibration), Path(folder))
-            return _save(model, path, Path(folder), half=scheme == "fp16")
 
     def open(self, path: Path, *, scheme: str, threads: int | None = None) -> OpenVinoSession:
         """A session on the CPU with `threads` threads (None: OpenVINO's own choice)."""
@@ -91,7 +94,7 @@ class OpenVinoSession:
         try:
             self._compiled = ov.Core().compile_model(str(path), "CPU", config)
         except RuntimeError as e:
-            raise EdgekdError(f"OpenVINO cannot open the file: {first_line(e)}", where=path, hint="export the model again") from e
+            raise EdgekdError(f"OpenVINO cannot open the file: {_said(e)}", where=path, hint="export the model again") from e
         self._path, self._request = path, self._compiled.create_infer_request()
         self._inputs = [i.any_name for i in self._compiled.inputs]
         self._outputs = [o.any_name for o in self._compiled.outputs]
@@ -137,12 +140,25 @@ class OpenVinoSession:
                 yield kind, precision
 
 
-def _read(component: Component) -> Any:
-    """The component as an OpenVINO model, through its float ONNX graph (half the time of reading the torch program)."""
-    try:
-        return _openvino().Core().read_model(str(float_file(component)))
-    except RuntimeError as e:
-        raise EdgekdError(f"OpenVINO cannot read the component: {first_line(e)}", where=component.name) from e
+def _write(source: Path, path: Path, where: str, scheme: str, calibration: Any, *, varying: bool) -> list[Path]:
+    """Write one scheme of a float ONNX graph at `path` (half the time of reading the torch program)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
+        try:
+            model = _openvino().Core().read_model(str(source))
+        except RuntimeError as e:
+            raise EdgekdError(f"OpenVINO cannot read the component: {_said(e)}", where=where) from e
+        if scheme == "w8a8_static":
+            model = _quantize(model, where, calibration, varying=varying)
+        if scheme == "fp16":
+            model = _keep(model, overflowing(source, calibration), Path(folder))
+        return _save(model, path, Path(folder), half=scheme == "fp16")
+
+
+def _said(error: RuntimeError) -> str:
+    """The first line that says something: those before it are places in OpenVINO's source."""
+    told = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from ")]
+    return first_line(RuntimeError(told[0])) if told else first_line(error)
 
 
 def _keep(model: Any, kept: list[Kept], folder: Path) -> Any:
@@ -163,21 +179,22 @@ def _keep(model: Any, kept: list[Kept], folder: Path) -> Any:
     return _openvino().Core().read_model(str(marked_file))
 
 
-def _quantize(model: Any, component: Component, calibration: Any) -> Any:
+def _quantize(model: Any, where: str, calibration: Any, *, varying: bool) -> Any:
+    """`varying`: activations whose length varies are quantized too."""
     with _quiet():
         import nncf
 
         kinds = {op.get_type_name() for op in model.get_ordered_ops()}
-        varying = [op.get_friendly_name() for op in model.get_ordered_ops() if op.get_type_name() in ("MatMul", "Convolution") and _varies(op)]
+        kept = [op.get_friendly_name() for op in model.get_ordered_ops() if op.get_type_name() in ("MatMul", "Convolution") and _varies(op)]
         samples = list_length(calibration)
         try:
             return nncf.quantize(
                 model, nncf.Dataset(calibration), subset_size=samples, fast_bias_correction=True,
                 preset=nncf.QuantizationPreset.MIXED, target_device=nncf.TargetDevice.CPU,
                 model_type=nncf.ModelType.TRANSFORMER if "Softmax" in kinds else None,
-                ignored_scope=nncf.IgnoredScope(names=varying) if varying else None)
+                ignored_scope=nncf.IgnoredScope(names=kept) if kept and not varying else None)
         except Exception as e:  # nncf raises its own kinds and openvino's RuntimeError
-            raise EdgekdError(f"NNCF cannot quantize the component: {first_line(e)}", where=component.name, hint="use fp32 or bf16") from e
+            raise EdgekdError(f"NNCF cannot quantize the component: {first_line(e)}", where=where, hint="use fp32 or bf16") from e
 
 
 def _varies(op: Any) -> bool:

@@ -34,6 +34,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("resolve", "doctor", "catalogue", "plan", "inspecting", "converting"),
     ("trial", "showing"),
     ("comparing", "pipeline"),
+    ("own",),
+    ("exports",),
     ("api",),
     ("cli",),
 )

@@ -20,7 +20,7 @@ from edgekd.protocols import PROMPTABLE, Component, Preprocess, Task
 from edgekd.runtime import TOGETHER, Opened, as_array
 from edgekd.tasks import evaluation
 
-OURS = ("classification", "dense_features", "promptable_segmentation")
+OURS = ("classification", "dense_features", "promptable_segmentation", "tensors")
 
 
 def test_registry__finds_the_folders() -> None:
@@ -31,7 +31,7 @@ def test_registry__finds_the_folders() -> None:
 def test_task__keeps_the_contract(name: str) -> None:
     task = tasks.get(name)
     assert isinstance(task, Task) and task.name == name and task.summary
-    assert task.outputs <= NEEDS and "encoder" in task.parts and task.photo_component
+    assert task.outputs <= NEEDS and task.photo_component and ("encoder" in task.parts or not task.outputs)
 
 
 def test_get__offers_the_nearest() -> None:
@@ -180,7 +180,7 @@ class Metering:
     def reference(self, model: Any, images: np.ndarray, signature: str = "batched") -> Held:
         return Held(model, images)
 
-    def open(self, folder: Path, manifest: Any, *, threads: int | None = None) -> Opening:
+    def open(self, folder: Path, manifest: Any, *, threads: int | None = None, stand_in: bool = False) -> Opening:
         return Opening(folder, manifest, threads=threads)
 
     def evaluate(self, model: Any, dataset: Any, *, teacher: Any = None, progress: Any = None, **options: Any) -> Any:

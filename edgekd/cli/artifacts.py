@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgekd.cli.options import Data, Json, Limit, MaybeData, Output, Split, TargetName, Threads, app, lengths, numbers, show
+from edgekd.cli.options import Data, Json, Limit, Output, Split, TargetName, Threads, app, lengths, numbers, show
 from edgekd.errors import UsageError
 
 Modes = Annotated[list[str] | None, typer.Option("--mode", help="With --everything: grid, hierarchical or proposals. Repeatable; all when left out.")]
@@ -14,10 +14,15 @@ Modes = Annotated[list[str] | None, typer.Option("--mode", help="With --everythi
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or a student with shipped weights.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint, a student with shipped weights, or a float .onnx file of your own.")],
     scheme: Annotated[str, typer.Option("--scheme", help="A precision (edgekd list schemes).")], output: Output,
     format: Annotated[str, typer.Option("--format", help="A file format (edgekd list formats).")] = "onnx",
-    target: TargetName = "host", data: MaybeData = None, json: Json = False,
+    target: TargetName = "host",
+    data: Annotated[str | None, typer.Option("--data", help="Photos, as everywhere; of an .onnx file also a folder of .npz or .npy samples.")] = None,
+    length: Annotated[list[str] | None, typer.Option("--length", metavar="AXIS=N", help="Of an .onnx file: an axis of any length. Repeatable.")] = None,
+    mean: Annotated[str | None, typer.Option("--mean", metavar="R,G,B", help="Of an .onnx file that takes photos: what is taken off RGB in 0..255.")] = None,
+    std: Annotated[str | None, typer.Option("--std", metavar="R,G,B", help="And what it is divided by then; 255 when left out.")] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="S|HxW", help="Of an .onnx file that takes photos of any size.")] = None, json: Json = False,
 ) -> int:
     """Export in a precision and compare with fp32.
 
@@ -25,20 +30,40 @@ def quantize(
     """
     from edgekd import api
 
-    found = api.quantize(model=model, scheme=scheme, format=format, target=target, data=data, output=output)
+    found = api.quantize(model=model, scheme=scheme, format=format, target=target, data=data, output=output, lengths=lengths(length or []),
+                         mean=_colour("mean", mean), std=_colour("std", std), size=_sides(size))
     show(found, json)
     return 0 if found["verdict"] != "rejected" else 1
 
 
+def _colour(name: str, text: str | None) -> list[float] | None:
+    return None if text is None else numbers(text, (1, 3), f"--{name} takes R,G,B", hint=f"for instance --{name} 123.675,116.28,103.53")
+
+
+def _sides(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    sides = text.split("x")
+    if len(sides) > 2 or not all(s.isdigit() and int(s) > 0 for s in sides):
+        raise UsageError(f"--size takes one number or HEIGHTxWIDTH, not '{text}'", hint="for instance --size 224 or --size 480x640")
+    return int(sides[0]), int(sides[-1])
+
+
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A checkpoint, a teacher, or a student with shipped weights.")],
     to: Annotated[str, typer.Option("--to", help="Formats, with commas between: onnx,openvino.")], output: Output,
+    model: Annotated[str | None, typer.Argument(help="A checkpoint, a teacher, a student with shipped weights, or module:factory.")] = None,
+    named: Annotated[str | None, typer.Option("--model", metavar="MODULE:FACTORY", help="A model of your own: what makes it. Needs --input.")] = None,
+    input: Annotated[list[str] | None, typer.Option("--input", metavar="[NAME=]SHAPE[:TYPE]",
+                                                    help="Of a model of your own: 1x3x224x224, or tokens=Nx77:int64 with an axis N of any length. Repeatable.")] = None,
     scheme: Annotated[str | None, typer.Option("--scheme", help="A precision (edgekd list schemes); each format's own first one when left out.")] = None,
     target: Annotated[str | None, typer.Option("--target", help="The device it is for; decides how int8 is written.")] = None,
-    data: MaybeData = None, threads: Threads = None,
-    decoder_signature: Annotated[str, typer.Option("--decoder-signature", help="batched, or sam: the six inputs of segment-anything's own export.")] = "batched",
-    length: Annotated[list[str] | None, typer.Option("--length", metavar="AXIS=N", help="Of formats whose shapes cannot vary: prompts=16, points=4. Repeatable.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Photos, as everywhere; of a model of your own also a folder of .npz or .npy samples.")] = None,
+    mean: Annotated[str | None, typer.Option("--mean", metavar="R,G,B", help="Of a model of your own that takes photos: what is taken off RGB in 0..255.")] = None,
+    std: Annotated[str | None, typer.Option("--std", metavar="R,G,B", help="And what it is divided by then; 255 when left out.")] = None,
+    threads: Threads = None,
+    decoder_signature: Annotated[str, typer.Option("--decoder-signature", help="batched; sam, segment-anything's own; or embedded, for NPUs.")] = "batched",
+    length: Annotated[list[str] | None, typer.Option("--length", metavar="AXIS=N", help="Of formats whose shapes cannot vary: prompts=16, points=4; of --input: N=8. Repeatable.")] = None,
     json: Json = False,
 ) -> int:
     """Write a model's files and check them.
@@ -50,7 +75,9 @@ def export(
     formats = [f.strip() for f in to.split(",") if f.strip()]
     if not formats:
         raise UsageError("--to names no format", hint="edgekd export MODEL --to onnx,openvino --output DIR")
-    found = api.export(model=model, to=formats, output=output, scheme=scheme, data=data, target=target, threads=threads,
+    if (model is None) == (named is None):
+        raise UsageError("no model is named" if model is None else "two models are named", hint="edgekd export MODEL, or --model module:factory --input 1x3x224x224")
+    found = api.export(model=model or named or "", inputs=input or [], mean=_colour("mean", mean), std=_colour("std", std), to=formats, output=output, scheme=scheme, data=data, target=target, threads=threads,
                        decoder_signature=decoder_signature, lengths=lengths(length or []))  # type: ignore[arg-type]
     rows = found["exports"]
     if json:
@@ -71,12 +98,16 @@ def _words(row: dict[str, Any]) -> list[Any]:
 
 @app.command()
 def profile(
-    artifact: Annotated[str, typer.Argument(help="An artifact or run folder.")], target: TargetName = "host", threads: Threads = None,
+    artifact: Annotated[str, typer.Argument(help="An artifact or run folder, or a model file alone: .onnx, .xml, .tflite, .pte, ...")], target: TargetName = "host", threads: Threads = None,
     warmup: Annotated[int, typer.Option("--warmup", help="Runs before the clock starts.")] = 3,
     repeats: Annotated[int, typer.Option("--repeats", help="Runs that are timed, at most.")] = 30,
     prompts: Annotated[int, typer.Option("--prompts", help="Prompts per image in one decoder call.")] = 1,
     everything: Annotated[bool, typer.Option("--everything", help="Measure segmenting everything instead, all decoder calls included.")] = False,
-    mode: Modes = None, json: Json = False,
+    mode: Modes = None,
+    format: Annotated[str | None, typer.Option("--format", help="Of a file, where its suffix does not say it (edgekd list formats).")] = None,
+    scheme: Annotated[str | None, typer.Option("--scheme", help="Of a file: the precision to run it in, where its runtime has a choice.")] = None,
+    length: Annotated[list[str] | None, typer.Option("--length", metavar="AXIS=N", help="Of a file: an axis of any length, 1 when left out. Repeatable.")] = None,
+    json: Json = False,
 ) -> int:
     """Measure latency, memory and size on a device."""
     from edgekd import api, console
@@ -89,7 +120,8 @@ def profile(
             console.table(["mode", "prompts", "masks", "total p50, ms", "of it decoder"],
                           [[r["mode"], r["prompts"], r["masks"], round(r["latency_ms"]["p50"], 1), round(r["parts_ms"]["decoder"]["p50"], 1)] for r in found])
         return 0
-    return show(api.profile(artifact=artifact, target=target, threads=threads, warmup=warmup, repeats=repeats, prompts=prompts), json)
+    return show(api.profile(artifact=artifact, target=target, threads=threads, warmup=warmup, repeats=repeats, prompts=prompts,
+                            format=format, scheme=scheme, lengths=lengths(length or [])), json)
 
 
 @app.command()

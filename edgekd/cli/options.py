@@ -43,13 +43,13 @@ def words(value: Any) -> Any:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
-def numbers(text: str, counts: tuple[int, ...], usage: str) -> list[float]:
+def numbers(text: str, counts: tuple[int, ...], usage: str, hint: str = "pixels from the top left corner of the photo, for instance --point 120,80") -> list[float]:
     try:
         values = [float(v) for v in text.split(",")]
     except ValueError:
         values = []
     if len(values) not in counts:
-        raise UsageError(f"{usage}, not '{text}'", hint="pixels from the top left corner of the photo, for instance --point 120,80")
+        raise UsageError(f"{usage}, not '{text}'", hint=hint)
     return values
 
 

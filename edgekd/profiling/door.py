@@ -26,12 +26,23 @@ def parser(module: str, description: str, *, warmup: int, repeats: int) -> argpa
     return found
 
 
+def refusal(stdout: str, stderr: str, code: int) -> tuple[str, str | None]:
+    """Why it failed, and a hint: what `answer` said, or of a crash the last words."""
+    try:
+        told = json.loads(stdout)
+        return str(told["error"]), told["hint"]
+    except (ValueError, KeyError, TypeError):
+        last = stderr.strip().splitlines()[-12:]
+        return "\n".join(last) if last else f"exit code {code}", None
+
+
 def answer(work: Callable[[], Any]) -> int:
-    """Do it and print the result; errors go to stderr. The exit code."""
+    """Do it and print the result; of an error what it says, which stderr has too among all that runtimes write there. The exit code."""
     try:
         out = work()
     except EdgekdError as e:
         print(e, file=sys.stderr)
+        print(json.dumps({"error": f"{e.what}{'' if e.where is None else f' ({e.where})'}", "hint": e.hint}))
         return 1
     print(json.dumps(out))
     return 0

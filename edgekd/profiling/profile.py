@@ -12,6 +12,7 @@ from edgekd.artifact import Manifest
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.measurement import Circumstances, Latency
 from edgekd.profiling import door
+from edgekd.profiling.bare import PART, ModelFile
 from edgekd.profiling.footprint import folder_bytes
 from edgekd.profiling.transport import Transport
 from edgekd.profiling.transport.local import Local
@@ -51,6 +52,8 @@ class Profile(_Model):
     size_bytes: int
     executed_precision: str
     circumstances: Circumstances
+    inputs: dict[str, str] | None = None
+    """Of a model file alone, which has no manifest: what it was run on, name -> `1x3x224x224:float32`."""
 
     def save(self, path: Path) -> Path:
         """Write as JSON, atomically."""
@@ -66,19 +69,19 @@ class Profile(_Model):
 
 
 def profile_artifact(
-    folder: Path, target: str | Target = "host", *, transport: Transport | None = None, warmup: int = 3, repeats: int = 30,
+    folder: Path | ModelFile, target: str | Target = "host", *, transport: Transport | None = None, warmup: int = 3, repeats: int = 30,
     threads: int | None = None, prompts: int = 1, max_seconds: float = 8.0, memory: bool = True,
 ) -> Profile:
-    """Profile one artifact (see `profile_many`)."""
+    """Profile one artifact or file (see `profile_many`)."""
     return profile_many([folder], target, transport=transport, warmup=warmup, repeats=repeats, threads=threads, prompts=prompts,
                         max_seconds=max_seconds, memory=memory)[0]
 
 
 def profile_many(
-    folders: Sequence[Path], target: str | Target = "host", *, transport: Transport | None = None, warmup: int = 3, repeats: int = 30,
+    folders: Sequence[Path | ModelFile], target: str | Target = "host", *, transport: Transport | None = None, warmup: int = 3, repeats: int = 30,
     threads: int | None = None, prompts: int = 1, max_seconds: float = 8.0, memory: bool = True,
 ) -> list[Profile]:
-    """Profile artifacts against each other: one fresh process measures all of them in turns, so that ratios are fair.
+    """Profile artifacts, or model files alone, against each other: one fresh process measures all of them in turns, so that ratios are fair.
 
     Peak memory takes one more fresh process each (`memory=False` leaves it out). A teacher is profiled like any other once it is exported.
 
@@ -91,13 +94,14 @@ def profile_many(
     device = transport or transport_of(target)
     if threads is None and not isinstance(target, str):
         threads = target.limits.threads
-    there = [device.push(Path(f)) for f in folders]
+    there = [f.told(device.push(f.path)) if isinstance(f, ModelFile) else device.push(Path(f)) for f in folders]
     shared = ["--prompts", str(prompts), *door.flags(threads=threads)]
     timing = door.flags(threads=None, warmup=warmup, repeats=repeats, max_seconds=max_seconds)
     limit = 120 + 10 * max_seconds * 3 * len(there)  # three timed calls each; generous, since a machine may be busy
-    found = ask(device, RUNNER, [*there, *shared, *timing], limit)
-    peaks = [ask(device, RUNNER, [f, "--footprint", *shared], 180)["peak_memory_bytes"] if memory else None for f in there]
-    return [_profile(Path(folder), one, found["circumstances"], target if isinstance(target, str) else target.name, prompts, peak)
+    names = [f.path if isinstance(f, ModelFile) else Path(f) for f in folders]
+    found = ask(device, RUNNER, [*there, *shared, *timing], limit, where=names[0])
+    peaks = [ask(device, RUNNER, [f, "--footprint", *shared], 180, where=n)["peak_memory_bytes"] if memory else None for f, n in zip(there, names, strict=True)]
+    return [_profile(folder if isinstance(folder, ModelFile) else Path(folder), one, found["circumstances"], target if isinstance(target, str) else target.name, prompts, peak)
             for folder, one, peak in zip(folders, found["artifacts"], peaks, strict=True)]
 
 
@@ -112,28 +116,37 @@ def transport_of(target: str | Target) -> Transport:
     raise UsageError(f"the target '{target.name}' cannot be reached from here, so nothing can be measured on it", hint=target.device.how)
 
 
-def ask(device: Transport, module: str, arguments: list[str], timeout_s: float) -> Any:
-    """The JSON document that a module of ours prints on the device.
+def ask(device: Transport, module: str, arguments: list[str], timeout_s: float, *, where: Path | None = None) -> Any:
+    """The JSON document that a module of ours prints on the device; `where` is what it is asked about.
 
     Raises:
         EdgekdError: it failed; its last words are given.
     """
     done = device.run(module, arguments, timeout_s=timeout_s)
     if done.code:
-        last = done.stderr.strip().splitlines()[-12:]
-        said = "\n".join(last) if last else f"exit code {done.code}"
-        raise EdgekdError(f"the artifact does not run on '{device.name}': {said}", where=arguments[0])
+        said, hint = door.refusal(done.stdout, done.stderr, done.code)
+        what = "artifact" if where is None or ModelFile.of(arguments[0]) is None else "file"
+        raise EdgekdError(f"the {what} does not run on '{device.name}': {said}", hint=hint,
+                          where=None if where is not None and str(where.resolve()) in said else where or arguments[0])
     return json.loads(done.stdout)
 
 
-def _profile(folder: Path, found: dict[str, Any], circumstances: dict[str, Any], target: str, prompts: int, peak: int | None) -> Profile:
-    manifest = Manifest.load(folder)
-    sizes = {f.path: f.size_bytes for f in manifest.files}
+def _profile(folder: Path | ModelFile, found: dict[str, Any], circumstances: dict[str, Any], target: str, prompts: int, peak: int | None) -> Profile:
+    sizes, total = _sizes(folder)
     parts = {name: ComponentProfile(
         latency_ms=Latency.from_samples(p["samples_ms"]), load_ms=p["load_ms"], executed_precision=p["executed_precision"],
-        executed_ops=p["executed_ops"], size_bytes=sum(sizes[f] for f in manifest.components[name].files)) for name, p in found["components"].items()}
+        executed_ops=p["executed_ops"], size_bytes=sizes[name]) for name, p in found["components"].items()}
     precision = " / ".join(dict.fromkeys(p.executed_precision for p in parts.values()))
     return Profile(
         id=found["id"], target=target, prompts=prompts, components=parts, latency_ms=Latency.from_samples(found["together_ms"]),
-        load_ms=sum(p.load_ms for p in parts.values()), peak_memory_bytes=peak, size_bytes=folder_bytes(folder), executed_precision=precision,
+        load_ms=sum(p.load_ms for p in parts.values()), peak_memory_bytes=peak, size_bytes=total, executed_precision=precision, inputs=found.get("inputs"),
         circumstances=Circumstances(**(circumstances | {"precision_executed": precision})))
+
+
+def _sizes(folder: Path | ModelFile) -> tuple[dict[str, int], int]:
+    """Bytes of each component, and of everything."""
+    if isinstance(folder, ModelFile):
+        return {PART: folder.size_bytes}, folder.size_bytes
+    manifest = Manifest.load(folder)
+    sizes = {f.path: f.size_bytes for f in manifest.files}
+    return {name: sum(sizes[f] for f in part.files) for name, part in manifest.components.items()}, folder_bytes(folder)

@@ -2,6 +2,8 @@
 
     python -m edgekd.profiling.runner FOLDER... [--repeats 30] [--threads 2] [--prompts 1]     samples, taken in turns
     python -m edgekd.profiling.runner FOLDER --footprint                                       peak memory of loading and one run
+
+In place of a folder stands a model file alone, as `edgekd.profiling.bare.ModelFile.told` writes it.
 """
 from __future__ import annotations
 
@@ -13,24 +15,21 @@ from typing import Any
 
 from edgekd.measurement import Circumstances
 from edgekd.profiling import door
+from edgekd.profiling.bare import ModelFile, OpenedFile
 from edgekd.profiling.footprint import peak_memory_bytes
 from edgekd.profiling.latency import Samples, interleave
 from edgekd.runtime import TOGETHER, Opened, open_artifact
 
 
-def opened(folder: str | Path, threads: int | None) -> tuple[Opened, dict[str, float]]:
-    """An artifact with all sessions open, and the milliseconds each took to open."""
-    model, took = open_artifact(Path(folder), threads=threads), dict[str, float]()
-    for part in parts_of(model):
+def opened(folder: str | Path, threads: int | None) -> tuple[Opened | OpenedFile, dict[str, float]]:
+    """An artifact with all sessions open, or a file, and the milliseconds each took to open."""
+    file, took = ModelFile.of(str(folder)), dict[str, float]()
+    model = open_artifact(Path(folder), threads=threads) if file is None else OpenedFile(file, threads=threads)
+    for part in model.parts:
         start = time.perf_counter()
         model.session(part)
         took[part] = (time.perf_counter() - start) * 1e3
     return model, took
-
-
-def parts_of(model: Opened) -> list[str]:
-    """The components that are timed alone, in the order of the manifest."""
-    return list(model.manifest.components)
 
 
 def latency(folders: Sequence[str], *, threads: int | None, prompts: int, warmup: int, repeats: int, max_seconds: float) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def latency(folders: Sequence[str], *, threads: int | None, prompts: int, warmup
     models = {str(i): opened(folder, threads) for i, folder in enumerate(folders)}
     todo = {f"{i} {part}": call for i, (model, _) in models.items() for part, call in model.calls(prompts).items()}
     found = interleave(todo, warmup=warmup, repeats=repeats, max_seconds=max_seconds)
-    return {"artifacts": [_described(model, took, {part: found[f"{i} {part}"] for part in (*parts_of(model), TOGETHER)}) for i, (model, took) in models.items()],
+    return {"artifacts": [_described(model, took, {part: found[f"{i} {part}"] for part in (*model.parts, TOGETHER)}) for i, (model, took) in models.items()],
             "circumstances": Circumstances.capture(threads=threads, warmup=warmup, repeats=repeats).model_dump(mode="json")}
 
 
@@ -50,10 +49,11 @@ def footprint(folder: str, *, threads: int | None, prompts: int) -> dict[str, An
     return {"peak_memory_bytes": peak_memory_bytes(), "baseline_bytes": before}
 
 
-def _described(model: Opened, took: dict[str, float], samples: dict[str, Samples]) -> dict[str, Any]:
+def _described(model: Opened | OpenedFile, took: dict[str, float], samples: dict[str, Samples]) -> dict[str, Any]:
     parts = {part: {"samples_ms": samples[part].values, "warmup": samples[part].warmup, "steady": samples[part].steady, "load_ms": took[part],
-                    "executed_precision": model.session(part).executed_precision, "executed_ops": model.session(part).executed_ops} for part in parts_of(model)}
-    return {"id": model.name, "components": parts, "together_ms": samples[TOGETHER].values}
+                    "executed_precision": model.session(part).executed_precision, "executed_ops": model.session(part).executed_ops} for part in model.parts}
+    inputs = {"inputs": model.described()} if isinstance(model, OpenedFile) else {}
+    return {"id": model.name, "components": parts, "together_ms": samples[TOGETHER].values, **inputs}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -115,10 +115,12 @@ class PromptableSegmentation:
 
     def components(self, model: Any, signature: str = "batched") -> dict[str, Component]:
         """Encoder, decoder, and the proposer where there is one."""
+        from edgekd.models.embedded_decoder import embedded_component
         from edgekd.models.official_decoder import official_component
         from edgekd.models.sam import components
 
-        return components(model) | ({"decoder": official_component(model)} if signature == "sam" else {})
+        others = {"sam": official_component, "embedded": embedded_component}
+        return components(model) | ({"decoder": others[signature](model)} if signature in others else {})
 
     def answers(self, model: Any, images: Any) -> dict[str, Any]:
         """The embedding, and masks of two seeded prompts on the first image."""

@@ -2,16 +2,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from edgekd.artifact import DecoderSignature
+from edgekd.errors import EdgekdError
+from edgekd.models.point_embedding import FILE, PointEmbedding
 from edgekd.probes import pictures, probe
 from edgekd.protocols import ABSENT, BOX_TOP_LEFT, NOT_A_POINT
 from edgekd.runtime import TOGETHER, Call, Opened, as_array
 
-OUTPUTS: dict[DecoderSignature, tuple[str, str]] = {"batched": ("masks", "iou"), "sam": ("low_res_masks", "iou_predictions")}
+OUTPUTS: dict[DecoderSignature, tuple[str, str]] = {"batched": ("masks", "iou"), "sam": ("low_res_masks", "iou_predictions"), "embedded": ("masks", "iou")}
 """decoder signature -> names of its mask logits (., 4, F/4, F/4) and their IoU"""
 
 
@@ -40,7 +43,21 @@ class ArtifactModel(Opened):
         """The decoder file's inputs for P prompts (see `decode`): one call, or P calls where its signature takes one prompt."""
         if self.manifest.decoder_signature == "sam":
             return list(official_inputs(embedding, points, labels, mask_input, has_mask))
-        return [{"image_embeddings": embedding, "point_coords": points, "point_labels": labels, "mask_input": mask_input, "has_mask": has_mask}]
+        given = {"image_embeddings": embedding, "point_coords": points, "point_labels": labels, "mask_input": mask_input, "has_mask": has_mask}
+        return [self.point_embedding.inputs(given) if self.manifest.decoder_signature == "embedded" else given]
+
+    @cached_property
+    def point_embedding(self) -> PointEmbedding:
+        """What embeds points for a decoder with the signature `embedded`.
+
+        Raises:
+            EdgekdError: the artifact has no such file, or it cannot be read.
+        """
+        path = self.folder / FILE
+        if FILE not in self.manifest.components["decoder"].host or not path.is_file():
+            raise EdgekdError(f"the decoder takes embedded points, and {FILE}, which they are embedded with, is missing", where=self.folder,
+                              hint="export the model again, or copy the whole folder")
+        return PointEmbedding.decode(path.read_bytes(), path)
 
     def propose(self, embedding: Any) -> tuple[np.ndarray, np.ndarray]:
         """Embedding (1, E, s, s) of ONE image -> boxes (Q, 4) xyxy in the F frame and their scores (Q,) in 0..1, unsorted.
@@ -52,8 +69,8 @@ class ArtifactModel(Opened):
         return out["boxes"][0], out["scores"][0]
 
     def calls(self, prompts: int) -> dict[str, Call]:
-        """The encoder alone, the decoder alone for `prompts` clicks, and one after the other: ready to be timed. The proposer belongs to
-        segment-everything, not to a prompt: it is not in `TOGETHER`."""
+        """The encoder alone, the decoder alone for `prompts` clicks, and one after the other with what the signature leaves to the caller: ready
+        to be timed. The proposer belongs to segment-everything, not to a prompt: it is not in `TOGETHER`."""
         rng, spec = np.random.default_rng(0), self.preprocess
         image = {"images": pictures(1, spec.image_size, rng)}
         encoder, decoder = self.session("encoder"), self.session("decoder")
@@ -62,8 +79,8 @@ class ArtifactModel(Opened):
         asked = self.feeds(embedded, p.points, p.labels, p.mask_input, p.has_mask)
 
         def together() -> object:
-            embedding = encoder.run(image)
-            return [decoder.run(one | embedding) for one in asked]
+            embedding = encoder.run(image)["image_embeddings"]
+            return [decoder.run(one) for one in self.feeds(embedding, p.points, p.labels, p.mask_input, p.has_mask)]
 
         alone: dict[str, Call] = {"encoder": lambda: encoder.run(image), "decoder": lambda: [decoder.run(one) for one in asked], TOGETHER: together}
         if "proposer" in self.manifest.components:

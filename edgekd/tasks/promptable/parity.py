@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from edgekd.data.images import Frame
 from edgekd.errors import EdgekdError
+from edgekd.models.point_embedding import FILE, PointEmbedding
 from edgekd.parity import EXACT, Limits, difference, sound, too_far
 from edgekd.probes import COUNTS, KINDS, Probe, probe
 from edgekd.protocols import Component, Promptable, Session
@@ -71,7 +72,7 @@ class Reference:
         if part.name == "decoder" and "orig_im_size" in part.example:
             return [one for p in self.probes if len(p.points) == COUNTS[1] for one in self.official(p)]
         if part.name == "decoder":
-            return [p.inputs(self.embeddings[:1]) for p in self.probes]
+            return [dict(one) for one in self.adapt(part, [p.inputs(self.embeddings[:1]) for p in self.probes])]
         return [{"image_embeddings": e[None]} for e in self.embeddings]
 
     def official(self, p: Probe) -> list[dict[str, np.ndarray]]:
@@ -79,12 +80,16 @@ class Reference:
         return list(official_inputs(self.embeddings[:1], p.points, p.labels, p.mask_input, p.has_mask))
 
     def adapt(self, part: Component, samples: Iterable[Mapping[str, np.ndarray]]) -> Iterable[Mapping[str, np.ndarray]]:
-        """Calibration inputs of the batched decoder, one prompt each where the component takes no more."""
-        return _OnePromptEach(samples) if "orig_im_size" in part.example else samples
+        """Calibration inputs of the batched decoder as the component's signature takes them: one prompt each, or points embedded."""
+        if "orig_im_size" in part.example:
+            return _OnePromptEach(samples)
+        return _Embedded(samples, embedding) if (embedding := embedding_of(part)) else samples
 
     def compare(self, part: Component, session: Session, scheme: str) -> tuple[dict[str, Any], str | None]:
         """The parity report of a component and why it is not the student any more."""
         limits = EXACT if scheme == "fp32" else LOSSY[part.name]
+        if embedding := embedding_of(part):
+            session = cast(Session, BehindEmbedding(session, embedding))
         parity = (OFFICIAL if self.signature == "sam" else CHECKS)[part.name](session, self)
         exact = scheme == "fp32"
         stated = {"max_relative": limits.max_relative if exact else None, "max_abs": limits.max_abs if exact else None, "min_mask_iou": limits.min_mask_iou}
@@ -104,6 +109,32 @@ class _OnePromptEach:
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for s in self._samples:
             yield from official_inputs(s["image_embeddings"], s["point_coords"], s["point_labels"], s["mask_input"], s["has_mask"])
+
+
+class _Embedded:
+    """Calibration inputs of the batched decoder, their points embedded. Re-iterable."""
+
+    def __init__(self, samples: Iterable[Mapping[str, np.ndarray]], embedding: PointEmbedding) -> None:
+        self._samples, self._embedding = samples, embedding
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return (self._embedding.inputs(s) for s in self._samples)
+
+
+class BehindEmbedding:
+    """A decoder with the signature `embedded` that takes the inputs of the batched one, through the host's part: both are in the comparison."""
+
+    def __init__(self, session: Session, embedding: PointEmbedding) -> None:
+        self._session, self._embedding = session, embedding
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `edgekd.protocols.Session`."""
+        return self._session.run(self._embedding.inputs(inputs))
+
+
+def embedding_of(part: Component) -> PointEmbedding | None:
+    """What embeds points for a component, read from the contents of its file; None for one that takes points."""
+    return PointEmbedding.decode(part.host[FILE]) if FILE in part.host else None
 
 
 def encoder_parity(session: Session, reference: Reference) -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""LiteRT (`.tflite`): Android, Raspberry Pi and what else ran TensorFlow Lite. Written by litert-torch from the torch program, run here by its interpreter.
+
+    fp32             weights as they are
+    fp16             weights in 16 bits, arithmetic in fp32 on CPUs; a GPU delegate computes in fp16, which nothing here can show
+    w8a8_static      8-bit convolutions and linear layers where they carry the arithmetic, the rest in fp32 (`_litert.py` says what and why)
+    w8a16_static     the same with 16-bit activations: near fp32, for NPUs that have them. On CPUs it is 10 to 30 times slower than fp32
+    w8_dynamic       8-bit weights, activations quantized at run time
+    w8_weight_only   8-bit weights, arithmetic in fp32
+
+Inputs and outputs are float32 in every scheme, under the component's names in the signature `serving_default`. A file that is integer throughout, for
+NPUs, is what `ethos_u.py` compiles. Writing needs torch and the converter; running needs `ai-edge-litert` alone, as on the device.
+"""
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.export._child import call
+from edgekd.export._litert_graph import ARITHMETIC, precision, tag
+from edgekd.export.onnx import content_key
+
+from edgekd.errors import EdgekdError, UsageError, first_line, unknown
+from edgekd.protocols import Availability, Component, Facts, Port, package_version
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FIX = 'pip install "edgekd[litert]"'
+RUNTIME = "ai-edge-litert"
+WRITERS = ("litert-torch", "ai-edge-quantizer")
+SIGNATURE = "serving_default"
+MINUTES = 30.0
+KEPT_FILES = 4
+OUTSIDE = " (outside XNNPACK)"
+
+_files: OrderedDict[str, tempfile.TemporaryDirectory[str]] = OrderedDict()
+
+
+def float_file(component: Component) -> Path:
+    """The component as an fp32 `.tflite` file, not to be changed. The same content is converted only once per process.
+
+    Raises:
+        EdgekdError: torch cannot capture it or litert-torch cannot convert it, with the reason.
+    """
+    from edgekd.export._program import program
+
+    key = content_key(component)
+    if key not in _files:
+        import torch
+
+        folder = tempfile.TemporaryDirectory(prefix="edgekd-")
+        try:
+            saved, file = Path(folder.name) / "program.pt2", Path(folder.name) / "float.tflite"
+            torch.export.save(program(component), saved)
+            _ask(component, "convert", {"program": str(saved), "output": str(file), "inputs": list(component.example), "outputs": list(component.outputs)},
+                 "litert-torch")
+            saved.unlink()
+        except BaseException:
+            folder.cleanup()
+            raise
+        _files[key] = folder
+        while len(_files) > KEPT_FILES:
+            _files.popitem(last=False)[1].cleanup()
+    _files.move_to_end(key)
+    return Path(_files[key].name) / "float.tflite"
+
+
+def write(component: Component, target: Path, scheme: str, calibration: Iterable[Mapping[str, np.ndarray]] | None, *, whole: bool = False) -> None:
+    """Write the component to `target` in a scheme; `whole`: integers wherever an operator has them."""
+    source = float_file(component)
+    if scheme == "fp32":
+        target.write_bytes(source.read_bytes())
+        return
+    request: dict[str, Any] = {"source": str(source), "output": str(target), "scheme": scheme, "whole": whole}
+    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+        if scheme.endswith("_static"):
+            request["samples"] = _spread(component, calibration, Path(folder))
+        _ask(component, "quantize", request, "ai-edge-quantizer")
+
+
+def _spread(component: Component, calibration: Iterable[Mapping[str, np.ndarray]] | None, folder: Path) -> str:
+    """Calibration inputs as files, one each."""
+    import numpy as np
+
+    count = 0
+    for sample in calibration or ():
+        np.savez(folder / f"{count:06}.npz", **{name: np.ascontiguousarray(sample[name], dtype=np.float32) for name in component.example})
+        count += 1
+    if not count:
+        raise UsageError("the calibration inputs are empty", where=component.name, hint="give a folder of images with --data")
+    return str(folder)
+
+
+def _ask(component: Component, function: str, request: dict[str, Any], what: str) -> None:
+    try:
+        call(f"edgekd.export._litert:{function}", request, minutes=MINUTES, what=what)
+    except EdgekdError as e:
+        raise EdgekdError(e.what, where=component.name, hint=e.hint or "use another scheme or format") from e
+
+
+class LitertExporter(Facts):
+    """See `edgekd.protocols.Exporter`."""
+
+    format = "litert"
+    suffix = ".tflite"
+    extra: str | None = "litert"
+    schemes: tuple[str, ...] = ("fp32", "fp16", "w8a8_static", "w8a16_static", "w8_dynamic", "w8_weight_only")
+    fixed_shapes = True
+
+    def availability(self) -> Availability:
+        """Whether litert-torch and ai-edge-quantizer are installed; `runs`: whether ai-edge-litert is, which needs neither, nor torch."""
+        version = package_version(RUNTIME)
+        told = f"{RUNTIME} {version}" if version else None
+        missing = [p for p in (*WRITERS, RUNTIME) if not package_version(p)]
+        if missing:
+            return Availability(False, told, f"not installed: {', '.join(missing)}", FIX, runs=version is not None)
+        return Availability(True, told)
+
+    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
+        """Write `path` (see `edgekd.protocols.Exporter.export`). The quantizer has one QDQ style: signed, activations asymmetric."""
+        if scheme not in self.schemes:
+            raise unknown("litert scheme", scheme, self.schemes)
+        if scheme.endswith("_static") and calibration is None:
+            raise UsageError(f"{scheme} needs calibration images", where=component.name, hint="give a folder of images with --data")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
+            write(component, Path(folder) / path.name, scheme, calibration)
+            os.replace(Path(folder) / path.name, path)
+        return [path]
+
+    def open(self, path: Path, *, scheme: str, threads: int | None = None) -> LitertSession:
+        """A session on the CPU with `threads` threads (None: LiteRT's own choice, which is 1)."""
+        return LitertSession(Path(path), threads)
+
+
+class LitertSession:
+    """A `.tflite` file in LiteRT's interpreter, with XNNPACK for what that takes."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError as e:
+            raise EdgekdError(f"{RUNTIME} is not installed", hint=f"pip install {RUNTIME}") from e
+        try:
+            self._interpreter = Interpreter(model_path=str(path), num_threads=threads)
+            self._interpreter.allocate_tensors()
+            runner = self._interpreter.get_signature_runner(SIGNATURE)
+            self._inputs, self._outputs = runner.get_input_details(), runner.get_output_details()
+        except (ValueError, RuntimeError, OSError) as e:
+            raise EdgekdError(f"LiteRT cannot open the file: {first_line(e)}", where=path, hint="export the model again") from e
+        self._path = path
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs are copies. What the file does not take of `inputs` is left out.
+
+        Raises:
+            EdgekdError: a wrong shape, or an operator failed.
+        """
+        import numpy as np
+
+        try:
+            for name, about in self._inputs.items():
+                self._interpreter.set_tensor(about["index"], np.ascontiguousarray(inputs[name], dtype=about["dtype"]))
+            self._interpreter.invoke()
+        except (ValueError, RuntimeError) as e:
+            raise EdgekdError(f"LiteRT cannot run the file: {first_line(e)}", where=self._path) from e
+        return {name: self._interpreter.get_tensor(about["index"]) for name, about in self._outputs.items()}
+
+    @property
+    def inputs(self) -> list[Port]:
+        """What the file takes."""
+        ordered = sorted(self._inputs.items(), key=lambda i: int(i[1]["index"]))
+        return [Port(name, tuple(int(n) for n in about["shape"]), about["dtype"].__name__) for name, about in ordered]
+
+    @property
+    def executed_ops(self) -> dict[str, int]:
+        """`operator:type` -> count, most frequent first. The type of arithmetic is that of its weights and activations; what XNNPACK did not
+        take, and LiteRT's own kernels compute, is marked."""
+        return dict(Counter(f"{kind}{'' if inside else OUTSIDE}:{tag}" for kind, tag, inside in self._operators()).most_common())
+
+    @property
+    def executed_precision(self) -> str:
+        """Of the operators that carry the arithmetic: `fp32`, `int8`, or e.g. `int8+fp32` when both are left."""
+        return precision([tag for kind, tag, _ in self._operators() if kind in ARITHMETIC])
+
+    def _operators(self) -> list[tuple[str, str, bool]]:
+        """(operator, type, whether XNNPACK computes it) of the file's graph."""
+        types = {int(t["index"]): t["dtype"].__name__.rstrip("_") for t in self._interpreter.get_tensor_details()}
+        nodes = self._interpreter._get_ops_details()
+        plain = [n for n in nodes if n["op_name"] != "DELEGATE"]
+        inside = _delegated(plain, [n for n in nodes if n["op_name"] == "DELEGATE"])
+
+        def of(tensors: Any) -> list[str]:
+            return [types[int(t)] for t in tensors if int(t) in types]
+
+        return [(str(n["op_name"]), tag(n["op_name"], of(n["inputs"]), of(n["outputs"])), int(n["index"]) in inside) for n in plain]
+
+
+def _delegated(plain: list[dict[str, Any]], delegates: list[dict[str, Any]]) -> set[int]:
+    """Operators that a delegate's node stands for: all on the way from its inputs to its outputs."""
+    source = {int(t): node for node in plain for t in node["outputs"]}
+    found: set[int] = set()
+    for delegate in delegates:
+        ends, waiting = {int(t) for t in delegate["inputs"]}, [int(t) for t in delegate["outputs"]]
+        while waiting:
+            tensor = waiting.pop()
+            if tensor not in ends and tensor in source and int(source[tensor]["index"]) not in found:
+                found.add(int(source[tensor]["index"]))
+                waiting.extend(int(t) for t in source[tensor]["inputs"])
+    return found
+
+
+exporter = LitertExporter()
