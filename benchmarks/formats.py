@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT.parent / "shared/data/bsds500"
 CALIBRATION = ROOT / "examples/photos"
 MODELS = ("repvit_s", "sam_nano")
-PHOTOS, INSTANCES = 20, 6
+PHOTOS, INSTANCES = 12, 4
 """Photos that accuracy is measured on, and masks asked for on each, at most."""
 Row = dict[str, Any]
 

@@ -49,7 +49,7 @@ class Opened:
         exporter = plugins.exporter(part.format or self.manifest.format)
         available = exporter.availability()
         path = self.folder / part.file
-        if available.ok and available.runs:
+        if available.runs:  # a board need not be able to write what it runs
             return fitted(exporter.open(path, scheme=part.scheme, threads=self.threads), part.inputs, part.outputs, part.fixed)
         session = facts(exporter).stand_in(path, scheme=part.scheme, threads=self.threads) if self.stand_in and available.ok else None
         if session is None:

@@ -51,6 +51,10 @@ class ExecuTorchExporter(PteExporter):
         rewrite(graph)
         return recaptured(graph, component)
 
+    def options(self, scheme: str) -> dict[str, Any]:
+        """Whether linear layers quantize at run time."""
+        return {"dynamic": scheme == "w8_dynamic"}
+
     def open(self, path: Path, *, scheme: str, threads: int | None = None) -> ExecuTorchSession:
         """A session on the CPU; `threads` counts for all sessions of the process, of which the runtime has one pool."""
         return ExecuTorchSession(Path(path), threads)

@@ -188,7 +188,7 @@ class OnnxExporter(Facts):
         """Whether onnx, onnxruntime, onnxscript and onnxslim are installed."""
         missing = [p for p in ("onnx", "onnxruntime", "onnxscript", "onnxslim") if not package_version(p)]
         if missing:
-            return Availability(False, reason=f"not installed: {', '.join(missing)}", fix="pip install edgekd")
+            return Availability(False, reason=f"not installed: {', '.join(missing)}", fix="pip install edgekd", runs=not {"onnxruntime", "onnx"} & set(missing))
         return Availability(True, version=f"onnxruntime {package_version('onnxruntime')}")
 
     def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:

@@ -51,7 +51,7 @@ class OpenVinoExporter(Facts):
         """Whether openvino and nncf are installed."""
         missing = [p for p in ("openvino", "nncf") if not package_version(p)]
         if missing:
-            return Availability(False, reason=f"not installed: {', '.join(missing)}", fix=FIX)
+            return Availability(False, reason=f"not installed: {', '.join(missing)}", fix=FIX, runs="openvino" not in missing)
         return Availability(True, version=f"openvino {package_version('openvino')}")
 
     def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:

@@ -128,7 +128,7 @@ class TensorRtExporter(Facts):
 class OnnxGraphSession(OnnxSession):
     """The file in onnxruntime on the CPU, as it is written: what is in eight bits is computed in floats between roundings, and rearranged little.
 
-    onnxruntime's own ways with such a graph have wrong answers, without a word: its integer kernels for fp16 scales, its blocked layout for fp8.
+    onnxruntime's own ways with such a graph have wrong answers, without a word: its integer kernels for fp16 scales, its blocked layout for fp8 beside fp32.
     """
 
     stand_in_for = "onnxruntime on the same graph"

@@ -302,7 +302,7 @@ OPERATIONS: list[tuple[str, dict[str, Any]]] = [
     ("pad", {"x": X, "pad": [1, 2, 3, 0], "mode": "constant", "constant_val": 7.0}), ("pad", {"x": X, "pad": [1, 2, 3, 1], "mode": "reflect"}),
     ("pad", {"x": X, "pad": [1, 2, 3, 1], "mode": "replicate"}), ("select", {"cond": X > 0, "a": X, "b": X * 2}),
     ("clip", {"x": X, "alpha": -0.5, "beta": 0.25}), ("thresholded_relu", {"x": X, "alpha": -0.25}), ("clamped_relu", {"x": X, "alpha": 0.1, "beta": 0.5}),
-    ("sigmoid_hard", {"x": X, "alpha": 1 / 6, "beta": 0.5}), ("leaky_relu", {"x": X, "alpha": 0.2}), ("elu", {"x": X, "alpha": 0.7}), ("silu", {"x": X}),
+    ("sigmoid_hard", {"x": X, "alpha": 1 / 6, "beta": 0.5}), ("leaky_relu", {"x": X, "alpha": 0.2}), ("elu", {"x": X, "alpha": 0.7}),
     ("gelu", {"x": X, "mode": "EXACT"}), ("gelu", {"x": X, "mode": "TANH_APPROXIMATION"}), ("gelu", {"x": X, "mode": "SIGMOID_APPROXIMATION"}),
     ("softmax", {"x": X, "axis": 1}), ("rsqrt", {"x": np.abs(X), "epsilon": 0.5}), ("inverse", {"x": np.abs(X), "epsilon": 0.5}),
     ("log", {"x": np.abs(X), "epsilon": 0.5}), ("floor_div", {"x": X * 9, "y": np.float32(2)}), ("mod", {"x": X * 9, "y": np.float32(2)}),
@@ -314,7 +314,6 @@ OPERATIONS: list[tuple[str, dict[str, Any]]] = [
     ("range_1d", {"start": 2, "end": 9, "step": 3}), ("round", {"x": X * 3}), ("erf", {"x": X}), ("sign", {"x": X}),
     ("layer_norm", {"x": X, "axes": [-1], "gamma": X[0, 0, 0], "beta": X[0, 0, 1], "epsilon": 1e-5}),
     ("quantize", {"input": X, "zero_point": np.int8(3), "scale": np.float32(0.02), "output_dtype": "int8"}),
-    ("dequantize", {"input": np.arange(-3, 3, dtype=np.int8).reshape(2, 3), "scale": np.float32([0.5, 2.0]), "zero_point": np.int8([1, 2]), "axis": 0}),
 ]
 
 
@@ -333,8 +332,7 @@ def test_an_operation_means_what_coremltools_computes(kind, arguments):
         held.extend(v.val for v in (found if isinstance(found, (list, tuple)) else [found]))
         return mb.identity(x=unused)
 
-    if any(v is None for v in held):
-        pytest.skip(f"coremltools does not fold {kind}")
+    assert held and all(v is not None for v in held), "coremltools does not fold it"
     ours = MEANING[kind]({k: [_mil.as_tensor(v) for v in value] if k == "values" else _mil.as_tensor(value) for k, value in arguments.items()})
     for a, b in zip(ours if isinstance(ours, (list, tuple)) else [ours], held, strict=True):
         np.testing.assert_allclose(a.numpy(), b, rtol=1e-5, atol=1e-6)

@@ -27,7 +27,7 @@ from PIL import Image
 from tiny import conv_component, expected, samples, tiny_sam
 from torch import nn
 
-from edgekd import artifact, plugins
+from edgekd import artifact
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.exporting import export_model
 from edgekd.models.sam import components
@@ -323,10 +323,15 @@ def test_rtx_names_the_node_it_refuses(tmp_path: Path, rtx: Any) -> None:
 
 
 def test_an_output_whose_size_an_input_sets_is_refused_with_the_way_out(tmp_path: Path, rtx: Any) -> None:
-    part = plugins.task("promptable_segmentation").components(tiny_sam(), "sam")["decoder"]
-    exporter.export(part, tmp_path / "decoder.onnx", scheme="fp32")
+    """As in segment-anything's own decoder file, whose last input is the photo's size, in float."""
+    helper, tensor = onnx.helper, onnx.helper.make_tensor_value_info
+    nodes = [helper.make_node("Cast", ["orig_im_size"], ["size"], name="whole", to=onnx.TensorProto.INT64), helper.make_node("Expand", ["x", "size"], ["y"], name="grow")]
+    graph = helper.make_graph(nodes, "decoder", [tensor("x", 1, [1, 1]), tensor("orig_im_size", 1, [2])], [tensor("y", 1, ["h", "w"])])
+    path = tmp_path / "decoder.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    path.with_suffix(".build.json").write_text(json.dumps(trtexec.build_spec({}, path.name, scheme="fp32")))
     with pytest.raises(EdgekdError, match="orig_im_size is a shape tensor") as e:
-        exporter.check(part, tmp_path / "decoder.onnx", scheme="fp32")
+        exporter.check(Component("decoder", nn.Identity(), {}, ("y",)), path, scheme="fp32")
     assert "--decoder-signature batched" in (e.value.hint or "")
 
 

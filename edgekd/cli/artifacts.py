@@ -53,7 +53,8 @@ def _sides(text: str | None) -> tuple[int, int] | None:
 def export(
     to: Annotated[str, typer.Option("--to", help="Formats, with commas between: onnx,openvino.")], output: Output,
     model: Annotated[str | None, typer.Argument(help="A checkpoint, a teacher, a student with shipped weights, or module:factory.")] = None,
-    named: Annotated[str | None, typer.Option("--model", metavar="MODULE:FACTORY", help="A model of your own: what makes it. Needs --input.")] = None,
+    named: Annotated[str | None, typer.Option("--model", metavar="MODULE:FACTORY",
+                                              help="A model of your own: what makes it. Needs --input.")] = None,
     input: Annotated[list[str] | None, typer.Option("--input", metavar="[NAME=]SHAPE[:TYPE]",
                                                     help="Of a model of your own: 1x3x224x224, or tokens=Nx77:int64 with an axis N of any length. Repeatable.")] = None,
     scheme: Annotated[str | None, typer.Option("--scheme", help="A precision (edgekd list schemes); each format's own first one when left out.")] = None,
@@ -63,7 +64,8 @@ def export(
     std: Annotated[str | None, typer.Option("--std", metavar="R,G,B", help="And what it is divided by then; 255 when left out.")] = None,
     threads: Threads = None,
     decoder_signature: Annotated[str, typer.Option("--decoder-signature", help="batched; sam, segment-anything's own; or embedded, for NPUs.")] = "batched",
-    length: Annotated[list[str] | None, typer.Option("--length", metavar="AXIS=N", help="Of formats whose shapes cannot vary: prompts=16, points=4; of --input: N=8. Repeatable.")] = None,
+    length: Annotated[list[str] | None, typer.Option("--length", metavar="AXIS=N", help="Of formats whose shapes cannot vary: prompts=16, points=4; "
+                                                     "of --input: N=8. Repeatable.")] = None,
     json: Json = False,
 ) -> int:
     """Write a model's files and check them.
@@ -76,8 +78,10 @@ def export(
     if not formats:
         raise UsageError("--to names no format", hint="edgekd export MODEL --to onnx,openvino --output DIR")
     if (model is None) == (named is None):
-        raise UsageError("no model is named" if model is None else "two models are named", hint="edgekd export MODEL, or --model module:factory --input 1x3x224x224")
-    found = api.export(model=model or named or "", inputs=input or [], mean=_colour("mean", mean), std=_colour("std", std), to=formats, output=output, scheme=scheme, data=data, target=target, threads=threads,
+        raise UsageError("no model is named" if model is None else "two models are named",
+                         hint="edgekd export MODEL, or --model module:factory --input 1x3x224x224")
+    found = api.export(model=model or named or "", inputs=input or [], mean=_colour("mean", mean), std=_colour("std", std), to=formats,
+                       output=output, scheme=scheme, data=data, target=target, threads=threads,
                        decoder_signature=decoder_signature, lengths=lengths(length or []))  # type: ignore[arg-type]
     rows = found["exports"]
     if json:
@@ -98,7 +102,8 @@ def _words(row: dict[str, Any]) -> list[Any]:
 
 @app.command()
 def profile(
-    artifact: Annotated[str, typer.Argument(help="An artifact or run folder, or a model file alone: .onnx, .xml, .tflite, .pte, ...")], target: TargetName = "host", threads: Threads = None,
+    artifact: Annotated[str, typer.Argument(help="An artifact or run folder, or a model file alone: .onnx, .xml, .tflite, .pte, ...")],
+    target: TargetName = "host", threads: Threads = None,
     warmup: Annotated[int, typer.Option("--warmup", help="Runs before the clock starts.")] = 3,
     repeats: Annotated[int, typer.Option("--repeats", help="Runs that are timed, at most.")] = 30,
     prompts: Annotated[int, typer.Option("--prompts", help="Prompts per image in one decoder call.")] = 1,

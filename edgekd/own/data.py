@@ -47,7 +47,8 @@ class Photos:
     def __post_init__(self) -> None:
         if min(self.std) < 1:
             times = ",".join(f"{s * 255:g}" for s in self.std)
-            raise UsageError(f"--std is for RGB in 0..255, and {min(self.std):g} is too small", hint=f"for one of 0..1 multiply by 255: --std {times}, and --mean too")
+            raise UsageError(f"--std is for RGB in 0..255, and {min(self.std):g} is too small",
+                             hint=f"for one of 0..1 multiply by 255: --std {times}, and --mean too")
 
 
 def _three(values: Sequence[float] | None, otherwise: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -121,7 +122,8 @@ class _Arrays:
         for file in files:
             counts = {self._stacked(array, one) for one, array in self._raw(file)}
             if len(counts) > 1:
-                raise UsageError(f"its arrays are of {' and '.join(str(c or 1) for c in counts)} calls", where=file, hint="give all the same number, or one call a file")
+                raise UsageError(f"its arrays are of {' and '.join(str(c or 1) for c in counts)} calls", where=file,
+                                 hint="give all the same number, or one call a file")
             count = counts.pop()
             self.rows += [(file, None)] if count is None else [(file, row) for row in range(count)]
             self[len(self.rows) - 1]  # shapes and types of each file, before anything is started
@@ -181,7 +183,8 @@ class _Pictures:
         axes = (one.shape[height], one.shape[width])
         free = [n for n in axes if isinstance(n, str)]
         if photos.size is None and (missing := [n for n in free if n not in lengths]):
-            raise UsageError(f"the input takes pictures of any size, and none is given for {' and '.join(missing)}", hint="give one with --size 224 or --size 224x320")
+            raise UsageError(f"the input takes pictures of any size, and none is given for {' and '.join(missing)}",
+                             hint="give one with --size 224 or --size 224x320")
         asked = photos.size or tuple(lengths[n] if isinstance(n, str) else n for n in axes)
         if any(isinstance(n, int) and n != size for n, size in zip(axes, asked, strict=True)):
             raise UsageError(f"--size {asked[0]}x{asked[1]} does not fit the input {one.words()}", hint="leave it out")

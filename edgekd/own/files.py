@@ -133,7 +133,8 @@ def outputs(reference: OpenedFile, found: OpenedFile, calls: Any) -> dict[str, d
     for (name, a), b in zip(ours.items(), theirs.values(), strict=True):  # by place: converters may rename an output
         x, y = (np.concatenate(each).astype(np.float64) for each in (a, b))
         if not np.isfinite(x).all():
-            raise EdgekdError(f"the float file's output '{name}' holds NaN or infinity", where=reference.file.path, hint="give inputs that the model takes with --data")
+            raise EdgekdError(f"the float file's output '{name}' holds NaN or infinity", where=reference.file.path,
+                              hint="give inputs that the model takes with --data")
         if x.size and a[0].dtype.kind == "f":
             gap = difference(x, y)
             table[name] = {**gap, "cosine": cosine(x, y) if gap["finite"] else -1.0}
@@ -169,6 +170,7 @@ def _document(asked: Request, reference: ModelFile, found: ModelFile, session: O
         "size_bytes": found.size_bytes, "size_ratio": compared.size_ratio, "latency_ratio": compared.latency_ratio,
         "latency_ms": latencies[1].model_dump(mode="json") if latencies[1] else None,
         "float_latency_ms": latencies[0].model_dump(mode="json") if latencies[0] else None,
-        "cosine": min((one["cosine"] for one in floats), default=None), "relative_l2": max((one["relative_l2"] for one in floats), default=None), "outputs": table,
+        "cosine": min((one["cosine"] for one in floats), default=None),
+        "relative_l2": max((one["relative_l2"] for one in floats), default=None), "outputs": table,
         "executed_precision": session.session("model").executed_precision, "executed_integer_ops": sum(n for op, n in ops.items() if is_integer(op)),
         "executed_ops": ops, "verdict": verdict, "reason": reason}

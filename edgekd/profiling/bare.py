@@ -106,7 +106,8 @@ class OpenedFile:
             except EdgekdError as e:
                 raise EdgekdError(e.what, where=self.file.path, hint=f"the file is damaged, or no {self.file.format} model") from e
             except Exception as e:  # runtimes share no kind of error
-                raise EdgekdError(f"{self.file.format} cannot open the file: {first_line(e)}", where=self.file.path, hint="it is damaged, or of another format") from e
+                raise EdgekdError(f"{self.file.format} cannot open the file: {first_line(e)}", where=self.file.path,
+                                  hint="it is damaged, or of another format") from e
         return self._session
 
     @property

@@ -100,7 +100,8 @@ def profile_many(
     limit = 120 + 10 * max_seconds * 3 * len(there)  # three timed calls each; generous, since a machine may be busy
     names = [f.path if isinstance(f, ModelFile) else Path(f) for f in folders]
     found = ask(device, RUNNER, [*there, *shared, *timing], limit, where=names[0])
-    peaks = [ask(device, RUNNER, [f, "--footprint", *shared], 180, where=n)["peak_memory_bytes"] if memory else None for f, n in zip(there, names, strict=True)]
+    peaks = [ask(device, RUNNER, [f, "--footprint", *shared], 180, where=n)["peak_memory_bytes"] if memory else None
+             for f, n in zip(there, names, strict=True)]
     return [_profile(folder if isinstance(folder, ModelFile) else Path(folder), one, found["circumstances"], target if isinstance(target, str) else target.name, prompts, peak)
             for folder, one, peak in zip(folders, found["artifacts"], peaks, strict=True)]
 
