@@ -48,6 +48,17 @@ FAR = -1e4
 """The bias of absent tokens in `batched`."""
 
 
+class Telling(PromptEncoder):
+    """A prompt encoder whose absent tokens are told by the bias `told`."""
+
+    told: float
+
+    def points(self, coords: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `PromptEncoder.points`."""
+        tokens, bias = super().points(coords, labels)
+        return tokens, bias * (self.told / FAR)
+
+
 class Halves:
     """A component with every weight, input and operator in 16 bits, in torch."""
 
@@ -80,14 +91,7 @@ def with_bias(part: Component, bias: float) -> Component:
     """A decoder whose absent tokens are told by another bias than its own."""
     if not part.host:
         module: Any = copy.deepcopy(part.module)
-        encoder = module.model.prompt_encoder
-        points = encoder.points
-
-        def told_points(coords: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            tokens, own = points(coords, labels)
-            return tokens, own * (bias / FAR)
-
-        encoder.points = told_points
+        module.model.prompt_encoder.__class__, module.model.prompt_encoder.told = Telling, bias
         return replace(part, module=module)
     told = replace(PointEmbedding.decode(part.host[FILE]), absent_bias=bias)
     return replace(part, host={FILE: told.encode()}, padding={"token_bias": bias})

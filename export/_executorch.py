@@ -47,7 +47,7 @@ class PteExporter(Facts):
         """Whether executorch is installed."""
         missing = [p for p in ("executorch", "torchao") if not package_version(p)]
         if missing:
-            return Availability(False, reason=f"not installed: {', '.join(missing)}",
+            return Availability(False, reason=f"not installed: {', '.join(missing)}", runs=False,
                                 fix=f"{FIX}  (wheels: Linux x86-64 and arm64, macOS on Apple silicon, Windows x86-64)")
         return Availability(True, version=f"executorch {package_version('executorch')}", runs=self.runs is None, reason=self.runs)
 

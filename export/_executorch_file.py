@@ -18,8 +18,11 @@ from edgekd.errors import EdgekdError, first_line
 NAMES = "edgekd_names"
 """The constant method of a file that answers with the names of its inputs and outputs, as JSON: {"inputs": [...], "outputs": [...]}."""
 
-ARITHMETIC = ("Conv2d", "DepthwiseConv2d", "ConvTranspose2d", "FullyConnected", "BatchMatrixMultiply", "ScaledDotProductAttention")
-"""XNNPACK's operators that carry the arithmetic."""
+ARITHMETIC = ("Conv2d", "DepthwiseConv2d", "ConvTranspose2d", "FullyConnected", "BatchMatrixMultiply", "ScaledDotProductAttention",
+              "conv", "conv_transpose", "linear", "matmul")
+"""The operators of XNNPACK and Core ML that carry the arithmetic."""
+
+PRECISIONS = {"i8": "int8", "f16": "fp16", "f32": "fp32"}
 
 INTEGER = ("qint8", "quint8", "qdint8", "qpint8", "qcint8")
 FLOAT = {"FLOAT16": "f16", "FLOAT32": "f32", "Float16": "f16", "Float32": "f32", "fp16": "f16", "fp32": "f32"}
@@ -47,11 +50,9 @@ class Contents:
     @property
     def precision(self) -> str:
         """Of the arithmetic inside the delegates: `fp32`, `fp16`, `int8`, or e.g. `int8+fp32` when both are left; of a program outside, `fp32`."""
-        found: Counter[str] = Counter()
-        for op, n in self.inside.items():
-            kind, _, precision = op.rpartition(":")
-            if kind in ARITHMETIC or not any(o.rpartition(":")[0] in ARITHMETIC for o in self.inside):
-                found[{"i8": "int8", "f16": "fp16"}.get(precision, "fp32")] += n
+        named = {op: op.rpartition(":") for op in self.inside}
+        carrying = [op for op, (kind, _, _) in named.items() if kind in ARITHMETIC] or list(named)
+        found = Counter({name: n for short, name in PRECISIONS.items() if (n := sum(self.inside[op] for op in carrying if named[op][2] == short))})
         return "+".join(sorted(found, key=lambda p: (p != "int8", -found[p]))) or "fp32"
 
 

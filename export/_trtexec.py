@@ -67,7 +67,8 @@ def build_command(spec: Mapping[str, Any], *, trtexec: str = "trtexec", folder: 
             f"--exportLayerInfo={at(spec['layers'])}", "--skipInference"]
 
 
-def time_command(spec: Mapping[str, Any], *, lengths: Mapping[str, int] | None = None, trtexec: str = "trtexec", folder: str = "", layers: bool = False) -> list[str]:
+def time_command(spec: Mapping[str, Any], *, lengths: Mapping[str, int] | None = None, trtexec: str = "trtexec", folder: str = "",
+                 layers: bool = False) -> list[str]:
     """The command line that times a built engine with random inputs, without transfers.
 
     Args:
@@ -140,7 +141,8 @@ def read_times(file: Path) -> Times:
     """What `--exportTimes` wrote. Raises EdgekdError when it is no such file, or empty."""
     calls = _read(file, list)
     try:
-        return Times([float(c["latencyMs"]) for c in calls], [float(c["computeMs"]) for c in calls], [float(c["endEnqMs"]) - float(c["startEnqMs"]) for c in calls])
+        enqueue = [float(c["endEnqMs"]) - float(c["startEnqMs"]) for c in calls]
+        return Times([float(c["latencyMs"]) for c in calls], [float(c["computeMs"]) for c in calls], enqueue)
     except (KeyError, TypeError, ValueError) as e:
         raise EdgekdError(f"these are not the times of trtexec: {e!r}", where=file) from e
 

@@ -8,9 +8,10 @@
     w4_weight_only   the same with 16 values
     w8a8_static      8-bit weights and activations around convolutions and linear layers; their kernels are integer ones on Apple's newest chips only
 
-Up to 64 prompts of up to 16 points go into one call; a program whose axes vary may be kept off the Neural Engine, which `selfcheck.py` tells. Where Core ML is not, what a file says is computed by an interpreter (`_mil.py`), which the
-parity gate runs on, and its contents are read back and held against the model. Beside each package lie inputs with the outputs expected of them, and
-a script for a Mac that compares (`_coreml_selfcheck.py`).
+Up to 64 prompts of up to 16 points go into one call; a program whose axes vary may be kept off the Neural Engine, which `selfcheck.py` tells.
+Where Core ML is not, what a file says is computed by an interpreter (`_mil.py`), which the parity gate runs on, and its contents are read back and
+held against the model. Beside each package lie inputs with the outputs expected of them, and a script for a Mac that compares
+(`_coreml_selfcheck.py`).
 """
 from __future__ import annotations
 

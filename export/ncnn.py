@@ -61,7 +61,7 @@ class NcnnExporter(Facts):
         """Whether ncnn, which runs files, and pnnx, which makes them, are installed."""
         missing = [p for p in ("ncnn", "pnnx") if not package_version(p)]
         if missing:
-            return Availability(False, reason=f"not installed: {', '.join(missing)}", fix=FIX)
+            return Availability(False, reason=f"not installed: {', '.join(missing)}", fix=FIX, runs="ncnn" not in missing)
         return Availability(True, version=f"ncnn {package_version('ncnn')}, pnnx {package_version('pnnx')}")
 
     def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:

@@ -567,7 +567,7 @@ def test_the_script_needs_nothing_of_edgekd(fp16, tmp_path):
     assert done.returncode == 1 and "no *.selfcheck.npz" in done.stderr
     assert (fp16 / "selfcheck.py").read_text(encoding="utf-8") == Path(_coreml_selfcheck.__file__).read_text(encoding="utf-8")
     assert "selfcheck.py" in (fp16 / "RUN_ON_A_MAC.md").read_text(encoding="utf-8")
-    assert max((fp16 / f"{n}.selfcheck.npz").stat().st_size for n in ("encoder", "decoder")) < 60_000, "it counts among the artifact's bytes"
+    assert max((fp16 / f"{n}.selfcheck.npz").stat().st_size for n in ("encoder", "decoder")) < 20_000, "it counts among the artifact's bytes"
 
 
 def test_the_consumer_segments_what_edgekd_does(model, precise, photos, tmp_path, monkeypatch, capsys):

@@ -45,16 +45,16 @@ def _no_child(monkeypatch: pytest.MonkeyPatch) -> None:
 class Mixed(nn.Module):
     """What a decoder is made of: a buffer that does not lie in the order of its axes, layer norms of two channels far from zero, attention with a bias."""
 
-    code: Tensor
+    place: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("code", torch.randn(8, 6).t())
+        self.register_buffer("place", torch.randn(8, 6).t())
         self.narrow, self.norm, self.project, self.out = nn.LayerNorm(2, eps=1e-6), nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 4)
         nn.init.uniform_(self.narrow.weight)
 
     def forward(self, tokens: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.project(self.norm(tokens + self.code)).chunk(3, dim=-1))
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.project(self.norm(tokens + self.place)).chunk(3, dim=-1))
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, bias[:, None, None]).transpose(1, 2).flatten(2)
         return self.out(mixed), self.narrow(tokens[..., :2] * 1e-2 + 12)
 
@@ -191,7 +191,7 @@ class Spectrum(nn.Module):
 
 
 def test_an_operator_that_executorch_lacks_is_one_error_with_the_reason(tmp_path):
-    with pytest.raises(EdgekdError, match="ExecuTorch cannot take the component: .*svd") as e:
+    with pytest.raises(EdgekdError, match=r"ExecuTorch cannot take the component: .*svd") as e:
         exporter.export(of(Spectrum(), x=torch.randn(4, 4)), tmp_path / "x.pte", scheme="fp32")
     assert e.value.where == "part" and e.value.hint and not list(tmp_path.iterdir())
 
@@ -204,7 +204,7 @@ def test_what_goes_wrong_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(EdgekdError, match="No space left"):
         exporter.export(conv_component(), tmp_path / "x.pte", scheme="fp32")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UsageError, match="did you mean|executorch scheme"):
+    with pytest.raises(UsageError, match=r"did you mean|executorch scheme"):
         exporter.export(conv_component(), tmp_path / "x.pte", scheme="fp8_static")
 
 
@@ -242,7 +242,7 @@ def test_lowering_happens_in_a_process_of_its_own(monkeypatch, tmp_path, capfd):
     inputs = samples(part)[0]
     np.testing.assert_allclose(exporter.open(path, scheme="fp32").run(inputs)["y"], expected(part, inputs)[0], atol=1e-5)
     assert capfd.readouterr().out == ""
-    with pytest.raises(EdgekdError, match="ExecuTorch cannot take the component: .*svd"):
+    with pytest.raises(EdgekdError, match=r"ExecuTorch cannot take the component: .*svd"):
         exporter.export(of(Spectrum(), x=torch.randn(4, 4)), tmp_path / "x.pte", scheme="fp32")
 
 
@@ -259,7 +259,7 @@ def test_delegates_of_other_devices_are_built_and_read_back(tmp_path, each, sche
     assert found.details["delegates"] == {each.delegate: 1} and found.details["outside"] == {}
     assert "0 left outside" in found.how and "executorch " in found.how
     assert each.stand_in(path, scheme=scheme) is None
-    with pytest.raises(EdgekdError, match="cannot run here: the .* delegate"):
+    with pytest.raises(EdgekdError, match=r"cannot run here: the .* delegate"):
         each.open(path, scheme=scheme)
 
 

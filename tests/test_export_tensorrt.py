@@ -325,8 +325,10 @@ def test_rtx_names_the_node_it_refuses(tmp_path: Path, rtx: Any) -> None:
 def test_an_output_whose_size_an_input_sets_is_refused_with_the_way_out(tmp_path: Path, rtx: Any) -> None:
     """As in segment-anything's own decoder file, whose last input is the photo's size, in float."""
     helper, tensor = onnx.helper, onnx.helper.make_tensor_value_info
-    nodes = [helper.make_node("Cast", ["orig_im_size"], ["size"], name="whole", to=onnx.TensorProto.INT64), helper.make_node("Expand", ["x", "size"], ["y"], name="grow")]
-    graph = helper.make_graph(nodes, "decoder", [tensor("x", 1, [1, 1]), tensor("orig_im_size", 1, [2])], [tensor("y", 1, ["h", "w"])])
+    nodes = [helper.make_node("Cast", ["orig_im_size"], ["size"], name="whole", to=onnx.TensorProto.INT64),
+             helper.make_node("Slice", ["x", "start", "size"], ["y"], name="crop")]
+    graph = helper.make_graph(nodes, "decoder", [tensor("x", 1, [8, 8]), tensor("orig_im_size", 1, [2])], [tensor("y", 1, ["h", "w"])],
+                              [onnx.numpy_helper.from_array(np.zeros(2, np.int64), "start")])
     path = tmp_path / "decoder.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
     path.with_suffix(".build.json").write_text(json.dumps(trtexec.build_spec({}, path.name, scheme="fp32")))
