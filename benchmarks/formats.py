@@ -31,7 +31,8 @@ from edgekd.workspace import write_json
 ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT.parent / "shared/data/bsds500"
 CALIBRATION = ROOT / "examples/photos"
-MODELS = ("repvit_s", "sam_nano")
+MODELS: dict[str, tuple[str, ...] | None] = {"repvit_s": None, "sam_nano": ("fp32", "fp16", "w8a8_static")}
+"""Model -> the precisions it is tried in, None for all: the shipped student, whose encoder is convolutions, and its teacher, whose encoder attends."""
 PHOTOS, INSTANCES = 12, 4
 """Photos that accuracy is measured on, and masks asked for on each, at most."""
 Row = dict[str, Any]
@@ -74,7 +75,7 @@ def measured(models: Sequence[str], formats: Sequence[str], work: Path, data: An
     for model in models:
         mine = []
         for format in formats:
-            for scheme in plugins.exporter(format).schemes:
+            for scheme in [s for s in plugins.exporter(format).schemes if s in (MODELS.get(model) or plugins.exporter(format).schemes)]:
                 key = (model, format, scheme)
                 if key not in known:
                     known[key] = with_accuracy(one(model, format, scheme, work / model), data)
