@@ -142,13 +142,13 @@ def test_teacher_without_weights__names_the_hub_id_and_the_dry_run(call: Call, p
 
 
 def test_failure__exits_1_with_the_hint(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "doctor", lambda: (_ for _ in ()).throw(EdgekdError("it broke", where="here", hint="do this")))
+    monkeypatch.setattr(api, "doctor", lambda **_: (_ for _ in ()).throw(EdgekdError("it broke", where="here", hint="do this")))
     found = call("doctor")
     refused(found, "it broke (here)", "\n  hint: do this", code=1)
 
 
 def test_fault__keeps_the_traceback_in_a_file(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "doctor", lambda: 1 // 0)
+    monkeypatch.setattr(api, "doctor", lambda **_: 1 // 0)
     found = call("doctor")
     refused(found, "ZeroDivisionError", code=1)
     log = Path(found.err.split("the traceback is in ")[1].split(" ")[0])
@@ -157,14 +157,14 @@ def test_fault__keeps_the_traceback_in_a_file(call: Call, monkeypatch: pytest.Mo
 
 
 def test_fault__is_raised_when_debugging(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "doctor", lambda: 1 // 0)
+    monkeypatch.setattr(api, "doctor", lambda **_: 1 // 0)
     monkeypatch.setenv("EDGEKD_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         call("doctor")
 
 
 def test_interrupt__exits_130_and_says_that_it_resumes(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop() -> None:
+    def stop(**_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "doctor", stop)
