@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,31 @@ def convert(file: Path, kept: Iterable[Kept]) -> onnx.ModelProto:
     except Exception as e:  # it raises ValueError, and whatever onnx's shape inference does
         raise EdgekdError(f"the graph cannot be converted to fp16: {first_line(e)}", hint="use fp32") from e
     _join_casts(half.graph)
+    in_order(half.graph)
     onnx.helper.set_model_props(half, {KEPT: json.dumps(by_layer(nodes))} if nodes else {})
     return half
+
+
+def in_order(graph: onnx.GraphProto) -> None:
+    """Put nodes behind those they read from, in place: the fp16 converter appends its casts at the end, which checkers and TensorRT may refuse."""
+    made = {t: i for i, n in enumerate(graph.node) for t in n.output}
+    waits = [{made[t] for t in n.input if t in made} for n in graph.node]
+    readers: dict[int, list[int]] = {}
+    for i, sources in enumerate(waits):
+        for source in sources:
+            readers.setdefault(source, []).append(i)
+    ready, order = deque(i for i, sources in enumerate(waits) if not sources), []
+    while ready:
+        order.append(current := ready.popleft())
+        for reader in readers.get(current, []):
+            waits[reader].discard(current)
+            if not waits[reader]:
+                ready.append(reader)
+    nodes = [graph.node[i] for i in order]
+    assert len(nodes) == len(waits), "a graph without cycles has an order"
+    copies = [type(n).FromString(n.SerializeToString()) for n in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
 
 
 def name_layers(graph: onnx.GraphProto, modules: Mapping[str, str]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +60,6 @@ def convert_quantized(file: Path, source: Path, calibration: Iterable[Mapping[st
         _round_again(model.graph, float_weights(source), fp8=fp8)
         onnx.save(model, ready, save_as_external_data=large, location="ready.data")
         half = convert(ready, kept.values())
-    in_order(half.graph)
     arithmetic = {n.name for n in half.graph.node if n.op_type not in QDQ}
     told = by_layer([k for k in kept.values() if k.node in arithmetic] or list(kept.values()))
     onnx.helper.set_model_props(half, {KEPT: json.dumps(told)} if told else {})
@@ -164,25 +162,3 @@ def _fp8(values: Any) -> Any:
 def _original(known: Any, rounded: Any, scale: Any) -> Any:
     """The float weights if they are those that were rounded, else what they were rounded to."""
     return known if known is not None and known.shape == rounded.shape and bool((abs(known - rounded) <= scale).all()) else rounded
-
-
-def in_order(graph: onnx.GraphProto) -> None:
-    """Put nodes behind those they read from, in place: the fp16 converter appends its casts at the end, which checkers and TensorRT may refuse."""
-    made = {t: i for i, n in enumerate(graph.node) for t in n.output}
-    waits = [{made[t] for t in n.input if t in made} for n in graph.node]
-    readers: dict[int, list[int]] = {}
-    for i, sources in enumerate(waits):
-        for source in sources:
-            readers.setdefault(source, []).append(i)
-    ready, order = deque(i for i, sources in enumerate(waits) if not sources), []
-    while ready:
-        order.append(current := ready.popleft())
-        for reader in readers.get(current, []):
-            waits[reader].discard(current)
-            if not waits[reader]:
-                ready.append(reader)
-    nodes = [graph.node[i] for i in order]
-    assert len(nodes) == len(waits), "a graph without cycles has an order"
-    copies = [type(n).FromString(n.SerializeToString()) for n in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)

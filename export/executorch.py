@@ -11,11 +11,10 @@ What XNNPACK was given, operator by operator with its precision, is read back fr
 """
 from __future__ import annotations
 
+import io
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,22 +132,16 @@ def _runtime() -> Any:
 
 
 @contextmanager
-def _said() -> Iterator[Any]:
-    """What the runtime prints to the process's stderr, kept from it: its exceptions hold a number only. Gives a function for the last line."""
-    before = os.dup(2)
-    with tempfile.TemporaryFile() as kept:
-        os.dup2(kept.fileno(), 2)
+def _said() -> Iterator[Callable[[], str]]:
+    """What the runtime says, kept from stderr: its exceptions hold a number only. Gives a function for the last line of it."""
+    said = io.StringIO()
 
-        def last() -> str:
-            kept.seek(0)
-            lines = [line for line in kept.read().decode(errors="replace").splitlines() if "cpuinfo" not in line and "threadpool" not in line]
-            return lines[-1].partition("] ")[2] if lines else ""
+    def last() -> str:
+        lines = [line for line in said.getvalue().splitlines() if "cpuinfo" not in line]
+        return lines[-1].partition("] ")[2] if lines else ""
 
-        try:
-            yield last
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
+    with redirect_stderr(said):
+        yield last
 
 
 exporter = ExecuTorchExporter()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd.export._child import call
 from edgekd.export._half import convert, overflowing
 from edgekd.export._tensorrt_graph import HINT, Inside, inside, refuse_unsound, unsupported
-from edgekd.export._tensorrt_mixed import convert_quantized, in_order
+from edgekd.export._tensorrt_mixed import convert_quantized
 from edgekd.export._trtexec import build_spec, joined, script
 from edgekd.export.onnx import LARGE, OnnxExporter, OnnxSession, _write, float_file
 
@@ -176,7 +176,6 @@ def _write_scheme(component: Component, target: Path, scheme: str, calibration: 
     source = float_file(component)
     if scheme == "fp16":
         made = convert(source, overflowing(source, calibration))
-        in_order(made.graph)
     else:
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
             quantized = OnnxExporter().export(component, Path(folder) / "int8.onnx", scheme="w8a8_static", calibration=calibration, qdq=QDQ)[0]

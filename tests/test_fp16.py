@@ -157,3 +157,10 @@ def test_openvino_compresses_what_is_not_kept(tmp_path):
     assert np.abs(session.run(INPUTS[0])["image_embeddings"] - expected(part, INPUTS[0])[0]).max() < 0.01
     if "FP16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         assert session.executed_precision == "fp32", "the weights' type is not what is computed in"
+
+
+def test_the_files_keep_to_the_standard(tmp_path):
+    """The converter appends its casts at the end, behind what reads them."""
+    export_model(tiny_sam(), tmp_path / "a", format="onnx", scheme="fp16", examples=IMAGES, threads=1)
+    for name in ("encoder.onnx", "decoder.onnx"):
+        onnx.checker.check_model(str(tmp_path / "a" / name), full_check=True)
