@@ -87,7 +87,11 @@ class ExecuTorchSession:
         import torch
 
         given = [torch.from_numpy(_fitting(port, inputs[port.name])) for port in self._inputs]
-        return {n: o.numpy() for n, o in zip(self._outputs, self._forward.execute(given), strict=True)}
+        try:
+            found = self._forward.execute(given)
+        except RuntimeError as e:
+            raise EdgekdError(f"ExecuTorch cannot run the file: {first_line(e)}", where=self._path, hint="its reason is on stderr") from e
+        return {n: o.numpy() for n, o in zip(self._outputs, found, strict=True)}
 
     @property
     def inputs(self) -> list[Port]:

@@ -157,6 +157,8 @@ def test_a_step_that_takes_too_long_is_stopped(home: Path, monkeypatch: pytest.M
 def test_an_interrupted_installation_leaves_nothing_that_counts(sign: signal.Signals, home: Path, tmp_path: Path) -> None:
     """SIGINT clears up at once; after SIGKILL nobody can, and the next installation does."""
     code = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
 from edgekd.export import _envs
 _envs.ENVIRONMENTS = {"tiny": _envs.Environment("nothing", (), "import time; print('probing', flush=True); time.sleep(60)", ((3, 8), (3, 99)))}
 _envs.install("tiny", lambda line: print(line, flush=True))

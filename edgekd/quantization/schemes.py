@@ -3,6 +3,7 @@
     fp32 | fp16 | bf16          weights and activations in that float type
     w<bits>_weight_only         integer weights, arithmetic in float
     w<bits>a<bits>_static       integer weights and activations; activation ranges fixed beforehand from calibration images
+    fp<bits>_static             floats of few bits with scales fixed beforehand
     w<bits>_dynamic             integer weights; activations quantized at run time from what they are
 
 A scheme says what is asked for. What a runtime really executed is read back from it and recorded beside the scheme.
