@@ -63,11 +63,11 @@ def formats() -> list[dict[str, Any]]:
         try:
             found = exporter.availability()
         except Exception as e:  # a toolchain that dies while being looked at is unavailable, not fatal
-            rows.append({"name": name, "ok": False, "version": None, "reason": f"{type(e).__name__}: {e}", "fix": _install(exporter.extra),
+            rows.append({"name": name, "ok": False, "runs": False, "version": None, "reason": f"{type(e).__name__}: {e}", "fix": _install(exporter.extra),
                          "schemes": list(exporter.schemes)})
             continue
         fix = found.fix or (None if found.ok else _install(exporter.extra))
-        rows.append({"name": name, "ok": found.ok, "version": found.version, "reason": found.reason, "fix": fix, "schemes": list(exporter.schemes)})
+        rows.append({"name": name, "ok": found.ok, "runs": found.runs, "version": found.version, "reason": found.reason, "fix": fix, "schemes": list(exporter.schemes)})
     return rows
 
 
