@@ -81,7 +81,7 @@ def export_model(
     folder = Path(folder)
     with _staged(folder) as staging:
         parts = {part.name: job.export(part, staging) for part in components}
-        _refuse_unchanged(parts, format, scheme)
+        _refuse_unchanged(parts, exporter, scheme)
         files = list(dict.fromkeys(file for part in parts.values() for file in part.files))
         manifest = Manifest(
             id=name or candidate_id(model.name, size, format, scheme), student=model.name, teacher=teacher, task=task.name, image_size=size,
@@ -150,9 +150,9 @@ class _Job:
             return beside._in_scheme(part, staging).model_copy(update={"format": other, "note": f"in {other}: {self.exporter.format} cannot take it, {e.what}"})
 
     def _in_scheme(self, part: Component, staging: Path) -> ArtifactComponent:
-        plain = self.exporter.schemes[0] if "fp32" not in self.exporter.schemes else "fp32"
-        if self.scheme == plain:
-            return self._in(part, staging, plain, None)
+        plain = plainest(self.exporter)
+        if self.scheme in ("fp32", plain):
+            return self._in(part, staging, self.scheme, None)
         if self.scheme.endswith("_static") and part.name not in self.calibration:
             return self._in(part, staging, plain, f"kept in {plain}: no calibration was given for the {part.name}")
         try:
@@ -202,6 +202,12 @@ class _Job:
             raise EdgekdError(f"the exported {part.name} is not the student any more in {scheme}: {reason}", where=self.exporter.format,
                               hint="try another format or scheme; the file was not kept")
         return parity | {"passed": reason is None}
+
+
+def plainest(exporter: Exporter) -> str:
+    """The precision of what a scheme does not take: the format's first one when that is a float, else fp32 where there is one."""
+    first = exporter.schemes[0]
+    return "fp32" if first not in ("fp32", "fp16") and "fp32" in exporter.schemes else first
 
 
 def _with_lengths(part: Component, lengths: Mapping[str, int]) -> Component:
@@ -263,10 +269,11 @@ def _ready(format: str, scheme: str) -> Exporter:
     return exporter
 
 
-def _refuse_unchanged(parts: Mapping[str, ArtifactComponent], format: str, scheme: str) -> None:
-    if scheme != "fp32" and all(p.scheme == "fp32" for p in parts.values()):
+def _refuse_unchanged(parts: Mapping[str, ArtifactComponent], exporter: Exporter, scheme: str) -> None:
+    plain = plainest(exporter)
+    if scheme not in ("fp32", plain) and all(p.scheme in ("fp32", plain) for p in parts.values()):
         reasons = "; ".join(f"{name} {p.note}" for name, p in parts.items())
-        raise EdgekdError(f"{scheme} changes no component of this model: {reasons}", where=format, hint="use another scheme, or fp32")
+        raise EdgekdError(f"{scheme} changes no component of this model: {reasons}", where=exporter.format, hint=f"use another scheme, or {plain}")
 
 
 @contextlib.contextmanager

@@ -61,18 +61,21 @@ def fold_constants(graph: torch.fx.GraphModule) -> None:
     """Replace, in place, every value that depends on no input by a buffer that holds it."""
     import torch
 
-    known: dict[torch.fx.Node, torch.Tensor] = {}
+    known: dict[torch.fx.Node, Any] = {}
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
             value = _attribute(graph, str(node.target))
             if isinstance(value, torch.Tensor):
                 known[node] = value.detach()
-        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes) and isinstance(node.meta.get("val"), torch.Tensor):
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes) and isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 continue
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            value = node.target(*args, **kwargs).contiguous()
-            known[node], name = value, f"folded_{node.name}"
+            value = node.target(*args, **kwargs)
+            if not isinstance(value, torch.Tensor):  # a list, whose items are folded in turn
+                known[node] = value
+                continue
+            value, name = value.contiguous(), f"folded_{node.name}"
             graph.register_buffer(name, value)
             with graph.graph.inserting_before(node):
                 made = graph.graph.get_attr(name)
@@ -101,6 +104,7 @@ def without_aliases(found: torch.export.ExportedProgram) -> torch.export.Exporte
         if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.graph.erase_node(node)
         elif node.op == "call_function" and node.target in names:
+            found.graph_signature.replace_all_uses(node.name, node.args[0].name)  # an alias may be what is given out
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.recompile()
