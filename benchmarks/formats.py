@@ -31,8 +31,12 @@ from edgekd.workspace import write_json
 ROOT = Path(__file__).resolve().parents[1]
 PACK = ROOT.parent / "shared/data/bsds500"
 CALIBRATION = ROOT / "examples/photos"
-MODELS: dict[str, tuple[str, ...] | None] = {"repvit_s": None, "sam_nano": ("fp32", "fp16", "w8a8_static")}
-"""Model -> the precisions it is tried in, None for all: the shipped student, whose encoder is convolutions, and its teacher, whose encoder attends."""
+MODELS = ("repvit_s", "sam_nano")
+"""The shipped student, whose encoder is convolutions, and its teacher, whose encoder attends."""
+FEWER = {"sam_nano": (("onnx", "openvino", "litert", "tensorrt", "ncnn"), ("fp32", "fp16", "w8a8_static"))}
+"""Model -> formats and precisions that it alone is tried in, to keep the run within an hour."""
+SLOW = ("w6_weight_only", "w4_weight_only")
+"""Precisions left out unless asked for: clustering the weights takes minutes a file."""
 PHOTOS, INSTANCES = 12, 4
 """Photos that accuracy is measured on, and masks asked for on each, at most."""
 Row = dict[str, Any]
@@ -68,20 +72,25 @@ def with_latency(rows: Sequence[Row]) -> list[Row]:
                  | {"together": profiles[r["id"]].latency_ms.model_dump()}} if r.get("id") in profiles else r for r in rows]
 
 
-def measured(models: Sequence[str], formats: Sequence[str], work: Path, data: Any) -> list[Row]:
+def tried(model: str, formats: Sequence[str], schemes: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of format and precision for one model."""
+    own_formats, own_schemes = FEWER.get(model, (formats, schemes))
+    return [(f, s) for f in formats if f in own_formats for s in plugins.exporter(f).schemes if s in own_schemes and s in schemes]
+
+
+def measured(models: Sequence[str], formats: Sequence[str], schemes: Sequence[str], work: Path, data: Any) -> list[Row]:
     """All rows, each kept in `work` when it is finished."""
     kept, found = work / "rows.json", list[Row]()
     known = {(r["student"], r["format"], r["scheme"]): r for r in json.loads(kept.read_text())} if kept.is_file() else {}
     for model in models:
         mine = []
-        for format in formats:
-            for scheme in [s for s in plugins.exporter(format).schemes if s in (MODELS.get(model) or plugins.exporter(format).schemes)]:
-                key = (model, format, scheme)
-                if key not in known:
-                    known[key] = with_accuracy(one(model, format, scheme, work / model), data)
-                    write_json(kept, list(known.values()))
-                mine.append(known[key])
-                console.log(json.dumps({k: mine[-1].get(k) for k in ("student", "format", "scheme", "status", "seconds", "reason")}))
+        for format, scheme in tried(model, formats, schemes):
+            key = (model, format, scheme)
+            if key not in known:
+                known[key] = with_accuracy(one(model, format, scheme, work / model), data)
+                write_json(kept, list(known.values()))
+            mine.append(known[key])
+            console.log(json.dumps({k: mine[-1].get(k) for k in ("student", "format", "scheme", "status", "seconds", "reason")}))
         found += with_latency(mine)
     return [without_paths(r, work) for r in found]
 
@@ -101,6 +110,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / f"benchmarks/results/formats-{date.today()}.json")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--formats", default=",".join(plugins.exporters()))
+    parser.add_argument("--schemes", default=",".join(s for s in plugins.schemes() if s not in SLOW))
     parser.add_argument("--work", type=Path, help="where artifacts and finished rows are kept")
     given = parser.parse_args()
     name = f"{PACK.name} val" if PACK.is_dir() else "scenes:seed=77001,count=40"
@@ -108,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = given.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        rows = measured(given.models.split(","), given.formats.split(","), work, data)
+        rows = measured(given.models.split(","), given.formats.split(","), given.schemes.split(","), work, data)
     write_json(given.output, {"benchmark": "formats", "data": name, "photos": PHOTOS, "instances_per_photo": INSTANCES, "threads": 1, "rows": rows,
                               "toolchains": {n: e.availability().version for n, e in plugins.exporters().items()}, "versions": installed(),
                               "circumstances": Circumstances.capture().model_dump(mode="json")})
