@@ -68,7 +68,7 @@ class Halves:
         self._module, self._part = copy.deepcopy(part.module).half(), part
         for exact, halved in zip(part.module.modules(), self._module.modules(), strict=True):
             if isinstance(exact, PositionEmbedding):  # of the image's cells it is a constant in every file
-                halved.grid = lambda height, width, exact=exact: exact.grid(height, width).half()
+                halved.grid = lambda height, width, exact=exact: exact.grid(height, width).half()  # type: ignore[assignment]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See `edgekd.protocols.Session`."""
