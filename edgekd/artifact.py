@@ -67,6 +67,8 @@ class ArtifactComponent(_Model):
     note: str | None = None
     kept_fp32: dict[str, str] = {}
     """Layers of an fp16 component that stay in fp32 -> why."""
+    tuning: dict[str, Any] = {}
+    """How the scheme was done, where not by default (`edgekd.tuning.Tuning`); of trained ranges how many."""
     format: str | None = None
     """The format of this component where the artifact's own cannot take it."""
     fixed: dict[str, int] = {}

@@ -54,7 +54,7 @@ def formats() -> list[Row]:
 
 
 def schemes() -> list[Row]:
-    from edgekd.quantization import schemes as known
+    from edgekd import schemes as known
 
     offered = plugins.schemes()
     return [{"name": name, "summary": known.get(name).summary, "formats": offered.get(name, [])} for name in known.names()]

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd import console, exporting, plugins, resolve
+from edgekd import console, exporting, plugins, resolve, schemes
 from edgekd.data import open_data
 from edgekd.decision import RULES
 from edgekd.errors import UsageError
 from edgekd.profiling import profile_many
-from edgekd.quantization import schemes
 from edgekd.quantization.calibration import DecoderCalibration, EncoderCalibration
 from edgekd.recipe import REFERENCE_SCHEME
 from edgekd.runtime import open_artifact

@@ -19,16 +19,18 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from edgekd import plugins
+from edgekd import plugins, schemes
 from edgekd.artifact import ArtifactComponent, DecoderSignature, Manifest, PreprocessSpec, Tensor, describe_files
 from edgekd.checkpoint import weights_sha256
 from edgekd.errors import CannotTake, EdgekdError, UsageError, unknown
 from edgekd.measurement import cpu, installed
 from edgekd.models.fold import fold
+from edgekd.models.rounding import grids_of, layers
 from edgekd.parity import sound
 from edgekd.probes import pictures
 from edgekd.protocols import Component, Exporter, Reference, Session, facts
 from edgekd.runtime import Refitted, as_array, fitted, open_artifact
+from edgekd.tuning import PLAIN, Tuning
 from edgekd.workspace import write_atomic
 
 __all__ = ["candidate_id", "export_model", "folded", "open_artifact"]
@@ -39,7 +41,7 @@ Calibration = Mapping[str, Iterable[Mapping[str, np.ndarray]]]
 
 def candidate_id(student: str, image_size: int | None, format: str, scheme: str) -> str:
     """The name of a (student, size, format, scheme) point, which is also its folder's. A model that takes no photos has no size."""
-    return "-".join([student, *([] if image_size is None else [str(image_size)]), format, scheme])
+    return "-".join([student, *([] if image_size is None else [str(image_size)]), format, schemes.parse(scheme).slug])
 
 
 def export_model(
@@ -51,6 +53,7 @@ def export_model(
 
     Args:
         model: the student as trained; it is not changed.
+        scheme: a text of the grammar in `edgekd.schemes`.
         name: the artifact's id; by default `candidate_id(...)`.
         calibration: component name -> re-iterable of inputs, for static schemes. A component without an entry stays in fp32.
             fp16 is searched for overflows on the same inputs, or on the examples.
@@ -67,25 +70,28 @@ def export_model(
         UsageError: unknown format, scheme or decoder signature, or no calibration for a static scheme.
         EdgekdError: the toolchain is missing or cannot take the model, or the exported file is not the student any more.
     """
-    exporter = _ready(format, scheme)
+    precision = schemes.parse(scheme)
+    exporter = _ready(format, precision)
     if decoder_signature not in get_args(DecoderSignature):
         raise unknown("decoder signature", decoder_signature, get_args(DecoderSignature))
-    if scheme.endswith("_static") and not calibration:
+    if precision.needs_calibration and not calibration:
         raise UsageError(f"{scheme} needs calibration images", hint="give a folder of images with --data")
     task, spec = plugins.task_of(model), model.preprocess
     size, images = spec and spec.image_size, _images(model, examples)
     student = folded(model, images if isinstance(images, list) else images[:1])
     reference = task.reference(student, images, decoder_signature)
     components = [_with_lengths(part, lengths or {}) for part in task.components(student, decoder_signature).values()]
-    job = _Job(exporter, scheme, calibration or {}, threads, qdq, gate, reference, photos=task.photo_component)
+    named = precision.parts({part.name: list(layers(part.module)) for part in components})
+    schemes.refuse_parts(exporter, named)
+    job = _Job(exporter, named, calibration or {}, threads, qdq, gate, reference, photos=task.photo_component)
     folder = Path(folder)
     with _staged(folder) as staging:
         parts = {part.name: job.export(part, staging) for part in components}
-        _refuse_unchanged(parts, exporter, scheme)
+        _refuse_unchanged(parts, exporter, precision.scheme.name)
         files = list(dict.fromkeys(file for part in parts.values() for file in part.files))
         manifest = Manifest(
             id=name or candidate_id(model.name, size, format, scheme), student=model.name, teacher=teacher, task=task.name, image_size=size,
-            labels=list(getattr(model, "labels", ())), embed_dim=model.embed_dim, format=format, scheme=scheme, decoder_signature=decoder_signature,
+            labels=list(getattr(model, "labels", ())), embed_dim=model.embed_dim, format=format, scheme=precision.text, decoder_signature=decoder_signature,
             components=parts, files=describe_files(staging, files), preprocess=spec and PreprocessSpec.of(spec), versions=installed(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"), source_sha256=weights_sha256(model),
             checked=_checked(parts, exporter, reference))
@@ -128,7 +134,7 @@ class _Job:
     """What is the same for every component of one export."""
 
     exporter: Exporter
-    scheme: str
+    parts: Mapping[str, schemes.Part]
     calibration: Calibration
     threads: int | None
     qdq: str
@@ -146,35 +152,42 @@ class _Job:
             other = facts(self.exporter).beside
             if other is None or part.name == self.photos:
                 raise
-            beside = replace(self, exporter=_ready(other, "fp32"), scheme="fp32")
+            beside = replace(self, exporter=_ready(other, schemes.parse("fp32")), parts={part.name: schemes.Part("fp32", PLAIN)})
             return beside._in_scheme(part, staging).model_copy(update={"format": other, "note": f"in {other}: {self.exporter.format} cannot take it, {e.what}"})
 
     def _in_scheme(self, part: Component, staging: Path) -> ArtifactComponent:
-        plain = plainest(self.exporter)
-        if self.scheme in ("fp32", plain):
-            return self._in(part, staging, self.scheme, None)
-        if self.scheme.endswith("_static") and part.name not in self.calibration:
-            return self._in(part, staging, plain, f"kept in {plain}: no calibration was given for the {part.name}")
+        plain, wanted = plainest(self.exporter), self.parts[part.name]
+        scheme = schemes.get(wanted.scheme)
+        if scheme.name in ("fp32", plain):
+            return self._in(part, staging, wanted, None)
+        if scheme.ranges == "trained" and not (grids := grids_of(part.module)):
+            return self._in(part, staging, schemes.Part(plain, PLAIN), f"kept in {plain}: no ranges were trained for the {part.name}")
+        if scheme.ranges == "trained":
+            wanted = schemes.Part(scheme.name, replace(wanted.tuning, grids=grids))
+        if scheme.ranges == "static" and part.name not in self.calibration:
+            return self._in(part, staging, schemes.Part(plain, PLAIN), f"kept in {plain}: no calibration was given for the {part.name}")
         try:
-            return self._in(part, staging, self.scheme, None)
+            return self._in(part, staging, wanted, None)
         except (UsageError, CannotTake):
             raise
         except EdgekdError as e:
             if plain.endswith("_static"):
                 raise
-            return self._in(part, staging, plain, f"kept in {plain}: {e.what}")
+            return self._in(part, staging, schemes.Part(plain, PLAIN), f"kept in {plain}: {e.what}")
 
-    def _in(self, part: Component, staging: Path, scheme: str, note: str | None) -> ArtifactComponent:
+    def _in(self, part: Component, staging: Path, asked: schemes.Part, note: str | None) -> ArtifactComponent:
+        scheme, tuning = asked.scheme, asked.tuning
         known, path = facts(self.exporter), staging / f"{part.name}{self.exporter.suffix}"
         taken = part.fixed() if known.fixed_shapes else part
         inputs, outputs = signature(part)
         fixed = dict(part.lengths) if known.fixed_shapes and part.dynamic else {}
         samples = self._samples(part, scheme)
-        files = self.exporter.export(taken, path, scheme=scheme, qdq=self.qdq,
+        tuned: Any = {"tuning": tuning} if known.tunes else {}
+        files = self.exporter.export(taken, path, scheme=scheme, qdq=self.qdq, **tuned,
                                      calibration=Refitted(samples, inputs, fixed) if samples is not None and fixed else samples)
         files += [write_atomic(staging / name, contents) for name, contents in part.host.items()]
         about: dict[str, Any] = {"file": path.name, "files": [f.relative_to(staging).as_posix() for f in files], "host": list(part.host), "inputs": inputs,
-                                 "outputs": outputs, "scheme": scheme, "fixed": fixed}
+                                 "outputs": outputs, "scheme": scheme, "fixed": fixed, "tuning": _told(tuning)}
         if self.exporter.availability().runs:
             session = self.exporter.open(path, scheme=scheme, threads=self.threads)
             parity = self._compare(part, fitted(session, inputs, outputs, fixed), scheme)
@@ -202,6 +215,12 @@ class _Job:
             raise EdgekdError(f"the exported {part.name} is not the student any more in {scheme}: {reason}", where=self.exporter.format,
                               hint="try another format or scheme; the file was not kept")
         return parity | {"passed": reason is None}
+
+
+def _told(tuning: Tuning) -> dict[str, Any]:
+    """What the manifest says of it."""
+    changed = tuning.changed()
+    return {**{k: dict(v) if isinstance(v, Mapping) else v for k, v in changed.items()}, **({"grids": len(tuning.grids)} if tuning.grids else {})}
 
 
 def plainest(exporter: Exporter) -> str:
@@ -258,11 +277,10 @@ def _longer(tensor: torch.Tensor, axes: list[int]) -> torch.Tensor:
     return tensor
 
 
-def _ready(format: str, scheme: str) -> Exporter:
-    """The exporter of a format, if its toolchain works here and it offers the scheme."""
+def _ready(format: str, precision: schemes.Precision) -> Exporter:
+    """The exporter of a format, if its toolchain works here and it takes the precision."""
     exporter = plugins.exporter(format)
-    if scheme not in exporter.schemes:
-        raise unknown(f"{format} scheme", scheme, exporter.schemes)
+    schemes.refuse(exporter, precision)
     available = exporter.availability()
     if not available.ok:
         raise EdgekdError(f"the format '{format}' cannot be exported here: {available.reason}", hint=available.fix)

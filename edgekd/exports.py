@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd import comparing, console, exporting, plugins, resolve
+from edgekd import comparing, console, exporting, plugins, resolve, schemes
 from edgekd.data import open_data
 from edgekd.errors import EdgekdError, UsageError, unknown
 from edgekd.own import data as own_data
 from edgekd.own import models
-from edgekd.quantization import schemes
 
 if TYPE_CHECKING:
     from edgekd.artifact import DecoderSignature, Manifest

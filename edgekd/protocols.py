@@ -350,8 +350,8 @@ class Exporter(Protocol):
 
     def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
         """Write the component at `path` (all files written are returned). `calibration` is a re-iterable of input dicts
-        (name -> array), needed by static schemes. Raises EdgekdError with the reason when the format cannot take it, and CannotTake when
-        no version of it could."""
+        (name -> array), needed by static schemes. One that `tunes` takes `tuning: Tuning` too. Raises EdgekdError with the reason when the
+        format cannot take it, and CannotTake when no version of it could."""
         ...
 
     def open(self, path: Path, *, scheme: str, threads: int | None = None) -> Session:
@@ -367,6 +367,9 @@ class Facts:
 
     beside: str | None = None
     """The format of the components that this one can never take (`CannotTake`), other than the one that takes photos."""
+
+    tunes: Mapping[str, frozenset[Any]] = {}
+    """Field of `edgekd.tuning.Tuning` -> the values of it that `export` honours beside the default; of `keep` the float types, of `grids` {True}."""
 
     def files(self, path: Path) -> list[Path]:
         """All files that make one of this format: `path`, or what is in it, and weights of the same name beside it."""

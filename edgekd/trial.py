@@ -8,14 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edgekd import artifact, console, exporting
+from edgekd import artifact, console, exporting, schemes
 from edgekd.errors import EdgekdError
 from edgekd.exporting import weights_sha256
 from edgekd.ledger import Ledger, Result
 from edgekd.models.sam import Sam
 from edgekd.profiling.profile import Profile, profile_many
 from edgekd.protocols import Dataset
-from edgekd.quantization import schemes
 from edgekd.quantization.calibration import DecoderCalibration, EncoderCalibration
 from edgekd.recipe import Recipe
 from edgekd.report.schema import Accuracy, Agreement, CandidateRow, ComponentRow

@@ -64,7 +64,7 @@ def overflowing(file: Path, samples: Iterable[Mapping[str, np.ndarray]]) -> list
     for node in graph.graph.node:
         peak = max([peaks.get(t, 0.0) for t in (*node.input, *node.output)], default=0.0)
         squares = peaks.get(_squares(node), 0.0)
-        layer = _layer(node)
+        layer = layer_of(node)
         if not peak <= LARGEST * MARGIN:
             found[node.name] = Kept(node.name, layer, f"{node.op_type} reaches {peak:.3g}")
         elif not squares <= LARGEST * MARGIN:
@@ -139,7 +139,7 @@ def module_of(scopes: str) -> str:
     return names[-2] if len(names) > 1 else ""
 
 
-def _layer(node: onnx.NodeProto) -> str:
+def layer_of(node: onnx.NodeProto) -> str:
     """The module's name as the state dict has it, or the node's own where a model computes outside of its modules."""
     module = next((p.value for p in node.metadata_props if p.key == MODULE), "")
     return module.removeprefix("model.") or node.name
@@ -224,7 +224,7 @@ def _weight_peaks(file: Path, graph: onnx.ModelProto) -> dict[str, float]:
 def _angles(graph: onnx.GraphProto, peaks: Mapping[str, float]) -> list[tuple[onnx.NodeProto, str]]:
     """Sines and cosines of large angles with everything that computes the angle, and the layer of the sine."""
     producers = {t: n for n in graph.node for t in n.output}
-    queue = [(n, _layer(n)) for n in graph.node if n.op_type in ("Sin", "Cos") and peaks.get(n.input[0], 0.0) > MAX_ANGLE]
+    queue = [(n, layer_of(n)) for n in graph.node if n.op_type in ("Sin", "Cos") and peaks.get(n.input[0], 0.0) > MAX_ANGLE]
     found: dict[str, tuple[onnx.NodeProto, str]] = {}
     while queue:
         node, layer = queue.pop()

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.export._half import layer_of
+
 from edgekd.errors import EdgekdError, first_line
+from edgekd.tuning import PLAIN, Tuning, stays_float
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,14 +34,16 @@ class Source:
     varying: bool = False
 
 
-def quantize(source: Source, target: Path, *, scheme: str, calibration: Any, qdq: str) -> None:
+def quantize(source: Source, target: Path, *, scheme: str, calibration: Any, qdq: str, tuning: Tuning = PLAIN) -> None:
     """Write the int8 form of a float graph to `target`. Raises EdgekdError when there is nothing to quantize or a step fails."""
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     large = source.large
-    nodes = quantizable(onnx.load(source.file, load_external_data=False), dynamic=scheme == "w8_dynamic", varying=source.varying)
+    graph = onnx.load(source.file, load_external_data=False)
+    floats = {n.name for n in graph.graph.node if stays_float(layer_of(n), tuning)}
+    nodes = [n for n in quantizable(graph, dynamic=scheme == "w8_dynamic", varying=source.varying) if n not in floats]
     if not nodes:
         kinds = "MatMul or Gemm with constant weights" if scheme == "w8_dynamic" else "Conv, MatMul or Gemm with constant weights"
         raise EdgekdError(f"nothing to quantize: {scheme} works on {kinds}, and the graph has none", where=source.where,

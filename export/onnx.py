@@ -33,6 +33,7 @@ from edgekd.export._int8 import QDQ_STYLES, Source, quantizable, quantize
 
 from edgekd.errors import EdgekdError, UsageError, first_line, unknown
 from edgekd.protocols import Availability, Component, Facts, Port, package_version
+from edgekd.tuning import PLAIN, Tuning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -183,6 +184,7 @@ class OnnxExporter(Facts):
     suffix = ".onnx"
     extra: str | None = None
     schemes: tuple[str, ...] = ("fp32", "fp16", "w8a8_static", "w8_dynamic")
+    tunes: Mapping[str, frozenset[Any]] = {"keep": frozenset({"fp32"})}
 
     def availability(self) -> Availability:
         """Whether onnx, onnxruntime, onnxscript and onnxslim are installed."""
@@ -191,13 +193,13 @@ class OnnxExporter(Facts):
             return Availability(False, reason=f"not installed: {', '.join(missing)}", fix="pip install edgekd", runs=not {"onnxruntime", "onnx"} & set(missing))
         return Availability(True, version=f"onnxruntime {package_version('onnxruntime')}")
 
-    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
+    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8", tuning: Tuning = PLAIN) -> list[Path]:
         """Write the component as `.onnx`, with `.onnx.data` beside it above 2 GB (see `edgekd.protocols.Exporter.export`).
 
         `fp16` takes `calibration` too: the inputs that are searched for what overflows.
         """
         self._check(component.name, scheme, calibration, qdq)
-        return _place(Source(float_file(component), component.name, is_large(component)), Path(path), scheme, calibration, qdq)
+        return _place(Source(float_file(component), component.name, is_large(component)), Path(path), scheme, calibration, qdq, tuning)
 
     def rewrite(self, source: Path, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
         """Write anybody's float ONNX file in another precision at `path`; `source` is only read. Unlike in our decoders, activations whose length
@@ -295,17 +297,17 @@ class OnnxSession:
             raise EdgekdError(f"onnxruntime cannot open the file: {first_line(e)}", where=self._path, hint="export the model again") from e
 
 
-def _place(source: Source, path: Path, scheme: str, calibration: Any, qdq: str) -> list[Path]:
+def _place(source: Source, path: Path, scheme: str, calibration: Any, qdq: str, tuning: Tuning = PLAIN) -> list[Path]:
     """Write one scheme of a float graph at `path`, whole or not at all; what was written, the graph first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-        files = _export(source, Path(folder) / path.name, scheme, calibration, qdq)
+        files = _export(source, Path(folder) / path.name, scheme, calibration, qdq, tuning)
         for file in files[::-1]:  # the graph, which makes it a model, last
             os.replace(file, path.with_name(file.name))
     return [path.with_name(f.name) for f in files]
 
 
-def _export(source: Source, target: Path, scheme: str, calibration: Any, qdq: str) -> list[Path]:
+def _export(source: Source, target: Path, scheme: str, calibration: Any, qdq: str, tuning: Tuning) -> list[Path]:
     import onnx
 
     if scheme == "fp32" and not source.large:
@@ -317,7 +319,7 @@ def _export(source: Source, target: Path, scheme: str, calibration: Any, qdq: st
         half = convert(source.file, overflowing(source.file, calibration))
         return _write(half, target, large=sum(len(t.raw_data) for t in half.graph.initializer) > LARGE)
     with _quiet():
-        quantize(source, target, scheme=scheme, calibration=calibration, qdq=qdq)
+        quantize(source, target, scheme=scheme, calibration=calibration, qdq=qdq, tuning=tuning)
     return _written(target)
 
 

@@ -5,12 +5,11 @@ import plugin_samples
 import pytest
 import torch
 
-from edgekd import catalogue, plugins, recipe, students, target, tasks, teachers
+from edgekd import catalogue, plugins, recipe, schemes, students, target, tasks, teachers
 from edgekd.distillation import points
 from edgekd.distillation.outputs import NEEDS
 from edgekd.models.sam import components
 from edgekd.protocols import Availability, Promptable, facts
-from edgekd.quantization import schemes
 from edgekd.tasks.promptable import baselines
 from edgekd.tasks.promptable.predictor import Predictor
 from edgekd.teachers import huggingface

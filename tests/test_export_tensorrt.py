@@ -568,7 +568,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_manifest_says_what_was_done(made: Path) -> None:
     found = artifact.verify(made)
     encoder, decoder = found.components["encoder"], found.components["decoder"]
-    assert encoder.stand_in == "onnxruntime on the same graph" and encoder.executed_precision == "int8" and decoder.scheme == "fp32"
+    assert encoder.stand_in == "onnxruntime on the same graph" and encoder.executed_precision == "int8"
+    # fp16 where this CPU's rounding of it passes the gate, which it just does on some machines
+    assert decoder.scheme in ("fp16", "fp32") and (decoder.note or "").startswith("kept in")
     assert encoder.state == ("built" if package_version(format.RTX) else "checked") and encoder.parity["passed"]
     assert {"encoder.onnx", "encoder.build.json", "encoder.build_engine.sh"} <= {f.name for f in made.iterdir()} and not encoder.fixed
 

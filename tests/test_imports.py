@@ -16,10 +16,10 @@ SIDE = ("export", "profiles", "recipes")
 # Left may be imported by right, never the other way round; parts of one layer do not import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("protocols", "workspace", "measurement", "console"),
+    ("protocols", "workspace", "measurement", "console", "tuning"),
     ("plugins",),
     ("config", "artifact", "ledger"),
-    ("recipe", "target", "probes"),
+    ("recipe", "target", "probes", "schemes"),
     ("export",),
     ("models", "data"),
     ("students",),
@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
 )
 SIBLINGS = {"distillation", "quantization", "exporting", "profiling"}
-EXPORT_MAY = {"errors", "protocols", "artifact", "workspace", "export"}
+EXPORT_MAY = {"errors", "protocols", "artifact", "workspace", "tuning", "export"}
 # A teacher is read from a checkpoint, and a checkpoint builds the teacher it names: one of the two is imported inside a function.
 KNOWN_KNOTS = {("teachers", "checkpoint")}
 

@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from edgekd import plugins
+from edgekd import plugins, schemes
 from edgekd.errors import UsageError
-from edgekd.quantization import schemes
 
 GRAMMAR = re.compile(r"(fp|bf)(?P<f>8|16|32)(_(?P<when>static))?|w(?P<w>\d+)(a(?P<a>\d+))?_(?P<how>static|dynamic|weight_only)")
 

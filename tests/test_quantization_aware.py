@@ -23,6 +23,7 @@ from edgekd.distillation.controllers import fake_quant
 from edgekd.distillation.objectives import quant_gap
 from edgekd.distillation.trainer import StageTrainer, train_stages
 from edgekd.errors import UsageError
+from edgekd.models import rounding
 from edgekd.models.sam import Sam
 from edgekd.recipe import Stage
 
@@ -31,15 +32,15 @@ from edgekd.recipe import Stage
 
 def test_rounded__by_hand() -> None:
     weight = torch.tensor([[1.27, 0.014, -0.016], [0.0, 0.0, 0.0], [-254.0, 3.0, 1.0]])
-    found = fake_quant.rounded(weight, 8)
+    found = rounding.rounded(weight, 8)
     assert torch.allclose(found, torch.tensor([[1.27, 0.01, -0.02], [0.0, 0.0, 0.0], [-254.0, 4.0, 0.0]]), atol=1e-6)  # 1.5 and 0.5 go to even
-    assert torch.allclose(fake_quant.rounded(found, 8), found, atol=1e-6), "what is on the grid stays"
+    assert torch.allclose(rounding.rounded(found, 8), found, atol=1e-6), "what is on the grid stays"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_rounded__has_as_many_levels_as_the_bits_say(bits: int) -> None:
     weight = torch.randn(4, 8, 3, 3, generator=torch.Generator().manual_seed(0))
-    found = fake_quant.rounded(weight, bits)
+    found = rounding.rounded(weight, bits)
     assert found.shape == weight.shape and all(len(row.unique()) <= 2**bits - 1 for row in found)
     assert all(len(row.unique()) >= min(2**bits / 2, 20) for row in found)
 
@@ -47,13 +48,13 @@ def test_rounded__has_as_many_levels_as_the_bits_say(bits: int) -> None:
 def test_rounded__fewer_bits_do_not_spend_their_levels_on_one_large_weight() -> None:
     weight = torch.cat([torch.randn(1, 500, generator=torch.Generator().manual_seed(0)), torch.tensor([[30.0]])], 1)
     widest = (weight / (30 / 7)).round() * (30 / 7)
-    assert (fake_quant.rounded(weight, 4) - weight)[:, :-1].square().mean() < 0.3 * (widest - weight)[:, :-1].square().mean()
+    assert (rounding.rounded(weight, 4) - weight)[:, :-1].square().mean() < 0.3 * (widest - weight)[:, :-1].square().mean()
 
 
 def test_leveled__by_hand() -> None:
     ends = torch.tensor([-1.0, 2.0], requires_grad=True)
     x = torch.tensor([-3.0, -0.4, 0.0, 0.6, 2.6], requires_grad=True)
-    found = fake_quant.leveled(x, ends, 3)
+    found = rounding.leveled(x, ends, 3)
     assert found.tolist() == [-1.0, 0.0, 0.0, 1.0, 2.0]
     found.sum().backward()
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0] and ends.grad.tolist() == [1.0, 1.0], "what lies beyond moves the end"
@@ -61,7 +62,7 @@ def test_leveled__by_hand() -> None:
 
 def test_leveled__zero_is_a_level_and_8_bits_are_256() -> None:
     x = torch.linspace(-0.37, 1.9, 5000)
-    found = fake_quant.leveled(x, torch.tensor([-0.37, 1.9]), 255)
+    found = rounding.leveled(x, torch.tensor([-0.37, 1.9]), 255)
     assert len(found.unique()) == 256 and (found == 0).any() and (found - x).abs().max() <= 0.51 * 2.27 / 255 + 1e-6
 
 
@@ -155,7 +156,7 @@ def in_low_precision(student: Sam, bits: int) -> Sam:
     made = copy.deepcopy(student)
     for module in made.encoder.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.weight.data = fake_quant.rounded(module.weight.data, bits)
+            module.weight.data = rounding.rounded(module.weight.data, bits)
     return made
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from edgekd import plugins, target
+from edgekd import plugins, schemes, target
 from edgekd.errors import UsageError
-from edgekd.quantization import schemes
 
 WANTED = {"host", "jetson_orin_nano", "jetson_agx_orin", "iphone_15", "pixel_8", "galaxy_s24", "raspberry_pi_5", "intel_cpu", "browser"}
 SCHEMES = set(schemes.names())

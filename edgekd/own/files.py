@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from edgekd import console, plugins
+from edgekd import console, plugins, schemes
 from edgekd.comparing import Comparison, check_runs, is_integer
 from edgekd.errors import EdgekdError, UsageError, first_line
 from edgekd.own import data as own_data
 from edgekd.parity import difference
 from edgekd.profiling import ModelFile, model_file, profile_many
 from edgekd.profiling.bare import OpenedFile, require_runtime
-from edgekd.quantization import schemes
 from edgekd.target import Target
 from edgekd.tasks.tensors.inputs import Input, draw, lengths_of
 from edgekd.tasks.tensors.parity import cosine

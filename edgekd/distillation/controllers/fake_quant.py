@@ -16,6 +16,7 @@ from edgekd.distillation.distributed import current
 from edgekd.distillation.outputs import Setup
 from edgekd.distillation.points import Controller
 from edgekd.errors import UsageError, unknown
+from edgekd.models.rounding import leveled, rounded
 
 FROM, TO = "parametrizations.weight.original", "weight"
 
@@ -112,28 +113,6 @@ class Range(nn.Module):
                 self.ends.copy_(current().mean(torch.stack([x.min(), x.max()]).float().to(self.ends.device)))
                 self.known.fill_(True)
         return (leveled(x, self.ends, self.steps), *given[1:])
-
-
-def rounded(weight: Tensor, bits: int) -> Tensor:
-    """weight (O, ...) rounded to 2^bits - 1 levels around 0, symmetric, every row with its own step."""
-    most = 2 ** (bits - 1) - 1
-    rows = weight.float().flatten(1)
-    step = rows.abs().amax(1) / most
-    if bits < 8:
-        step = torch.minimum(step, 2 * rows.abs().mean(1) / most**0.5)
-    step = step.clamp(min=1e-12)[:, None]
-    return ((rows / step).round().clamp(-most, most) * step).view_as(weight).to(weight.dtype)
-
-
-def leveled(x: Tensor, ends: Tensor, steps: int) -> Tensor:
-    """x at the nearest of steps + 1 levels from ends[0] to ends[1] (2,), 0 being one of them. The gradient passes inside the ends, and
-    moves an end by what lies beyond it."""
-    low, high = ends[0].clamp(max=0.0), ends[1].clamp(min=0.0)
-    step = ((high - low) / steps).clamp(min=1e-8).detach()
-    zero = (-low / step).round()
-    inside = torch.clamp(x.float(), low, high)
-    level = ((x.detach().float() / step).round().clamp(-zero, steps - zero) * step).detach()
-    return (inside + (level - inside).detach()).to(x.dtype)
 
 
 def layers(student: nn.Module, skip: list[str]) -> list[nn.Module]:
