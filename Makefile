@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Set TORCH_INDEX to a wheel index with CPU builds of torch where the default one serves CUDA builds.
 TORCH_INDEX ?=
+# Tests that run at a time, one process each.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: setup demo test lint types
 setup: $(VENV)/.stamp
@@ -19,7 +21,7 @@ demo: setup
 	$(BIN)/edgekd compress --teacher sam_nano --target host --data examples/photos --output runs/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

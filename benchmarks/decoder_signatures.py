@@ -30,7 +30,7 @@ from edgekd.errors import EdgekdError
 from edgekd.exporting import folded, signature
 from edgekd.measurement import Circumstances
 from edgekd.models.point_embedding import ABSENT_BIAS, FILE, PointEmbedding
-from edgekd.models.prompt_encoder import PositionEmbedding, PromptEncoder
+from edgekd.models.prompt_encoder import FAR, PositionEmbedding, PromptEncoder
 from edgekd.protocols import Component, Session, facts
 from edgekd.quantization.calibration import DecoderCalibration, EncoderCalibration
 from edgekd.runtime import Refitted, fitted
@@ -44,19 +44,6 @@ BIASES = (("qnn", "w8a8_static"), ("every product", "w8a8_static"), ("every oper
 KINDS = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Add", "Mul", "Sub", "Div", "Softmax", "Concat", "Sin", "Cos", "Erf", "Relu", "LayerNormalization")
 HARD = ("Sin", "Cos", "Equal", "GreaterOrEqual", "Where", "ReduceMax", "Cast", "Expand")
 """Operators of the batched decoder that NPUs commonly lack or run on the CPU."""
-FAR = -1e4
-"""The bias of absent tokens in `batched`."""
-
-
-class Telling(PromptEncoder):
-    """A prompt encoder whose absent tokens are told by the bias `told`."""
-
-    told: float
-
-    def points(self, coords: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `PromptEncoder.points`."""
-        tokens, bias = super().points(coords, labels)
-        return tokens, bias * (self.told / FAR)
 
 
 class Halves:
@@ -91,7 +78,7 @@ def with_bias(part: Component, bias: float) -> Component:
     """A decoder whose absent tokens are told by another bias than its own."""
     if not part.host:
         module: Any = copy.deepcopy(part.module)
-        module.model.prompt_encoder.__class__, module.model.prompt_encoder.told = Telling, bias
+        module.model.prompt_encoder.absent_bias = bias
         return replace(part, module=module)
     told = replace(PointEmbedding.decode(part.host[FILE]), absent_bias=bias)
     return replace(part, host={FILE: told.encode()}, padding={"token_bias": bias})
@@ -176,7 +163,8 @@ def main() -> None:
     for how in BIASES:
         if how[0].startswith("every") or plugins.exporter(how[0]).availability().ok:
             rows += [row(with_bias(part(name), bias), name, how, calibration, reference, absent_bias=bias)
-                     for name in ("batched", "embedded") for bias in (FAR, ABSENT_BIAS)]
+                     for name in ("batched", "embedded") for bias in (FAR, ABSENT_BIAS)
+                     if (how, name, bias) != (("every operator", "fp16"), "batched", ABSENT_BIAS)]  # torch itself always takes the far one
     document = {"schema": "edgekd.benchmark.decoder_signatures/1", "circumstances": circumstances.model_dump(mode="json"), "student": a.student,
                 "image_size": student.preprocess.image_size, "operators": {name: operators(part(name)) for name in ("batched", "embedded")},
                 "token_error": [token_error(student.prompt_encoder, side) for side in (256, 1024)], "rows": rows}

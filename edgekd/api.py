@@ -100,15 +100,21 @@ def verify_cache(*, folder: Path) -> dict[str, Any]:
 
 
 def distill(*, data: str | Path, output: Path, recipe: str | Path = "default", teacher: str | None = None, student: str | None = None,
-            sets: Sequence[str] = (), tensorboard: bool = False) -> dict[str, Any]:
-    """Train a recipe's first student (or `student`) from the teacher; says where the checkpoint is and how the loss went.
+            checkpoint: str | Path | None = None, sets: Sequence[str] = (), tensorboard: bool = False) -> dict[str, Any]:
+    """Train a recipe's first student (or `student`, or the one of `checkpoint`) from the teacher; says where the checkpoint is and how the loss went.
 
-    The log is written as `log.jsonl` and `log.csv`, and drawn as `curve.svg`; `tensorboard` adds event files (extra `tracking`)."""
+    The log is written as `log.jsonl` and `log.csv`, and drawn as `curve.svg`; `tensorboard` adds event files (extra `tracking`). A recipe that trains for
+    integers (`smoke_qat`, `qat`) exports the student too and says how far the file is what was trained (`artifact`, `artifact_parity`)."""
+    from edgekd import qat
     from edgekd.distillation import verbs
     from edgekd.report import learning
 
-    found = verbs.distill(recipe=load_recipe(recipe, sets=sets, teacher=teacher), data=str(data), output=Path(output), student=student, tensorboard=tensorboard)
-    return {**found, "curve": learning.draw(Path(found["log"]))}
+    chosen, begin = load_recipe(recipe, sets=sets, teacher=teacher), None if checkpoint is None else Path(checkpoint).expanduser()
+    found = verbs.distill(recipe=chosen, data=str(data), output=Path(output), student=student, start_from=begin, tensorboard=tensorboard)
+    found["curve"] = learning.draw(Path(found["log"]))
+    if "scheme" in found and console.place().rank == 0:
+        found |= qat.export(Path(found["checkpoint"]), Path(output), recipe=chosen, scheme=found["scheme"], data=str(data))
+    return found
 
 
 def train(*, recipe: str | Path, output: Path, sets: Sequence[str] = ()) -> dict[str, Any]:
@@ -146,8 +152,11 @@ def export(*, model: str | Path, to: Sequence[str], output: Path, scheme: str | 
 
 def quantize(*, model: str | Path, scheme: str, format: str = "onnx", target: str = "host", data: str | Path | None = None,
              output: Path, limit: int = 32, lengths: Mapping[str, int] | None = None, mean: Sequence[float] | None = None,
-             std: Sequence[float] | None = None, size: tuple[int, int] | None = None) -> dict[str, Any]:
+             std: Sequence[float] | None = None, size: tuple[int, int] | None = None, max_drop: float = 0.5, target_ms: float | None = None) -> dict[str, Any]:
     """Export a model in a precision and in fp32, and compare the two: size, latency where it can be measured, agreement of masks.
+
+    `scheme` is a text of the grammar in `edgekd.schemes`; `auto` finds the fastest mix of precisions that loses at most `max_drop` points to fp32 (and
+    takes at most `target_ms`), and returns all that was tried and their Pareto set.
 
     A float `.onnx` file of anybody's is quantized itself and compared with itself by its outputs (docs/own-models.md); what follows is for such.
 
@@ -167,7 +176,30 @@ def quantize(*, model: str | Path, scheme: str, format: str = "onnx", target: st
         return files.quantize(files.Request(Path(model).expanduser(), scheme, format, device, Path(output), data, lengths, photos))
     if lengths or mean or std or size:
         raise UsageError("--length, --mean, --std and --size of `quantize` are for an .onnx file", where=str(model), hint="leave them out: the model says itself")
+    if scheme == "auto":
+        from edgekd import mixing
+
+        return mixing.auto(model=model, format=format, target=device, data=data, output=Path(output), limit=limit, budget=mixing.Budget(max_drop, target_ms))
     return comparing.quantize(model, scheme=scheme, format=format, target=device, data=data, output=Path(output), limit=limit)
+
+
+def sensitivity(*, model: str | Path, format: str = "onnx", target: str = "host", data: str | Path | None = None, output: Path, limit: int = 32) -> dict[str, Any]:
+    """What 8 bits cost each layer, in mask IoU: a ranking, a walk that returns the worst to float, and a plot."""
+    from edgekd import mixing
+
+    return mixing.rank(model=model, format=format, target=targets.resolve(target), data=data, output=Path(output), limit=limit)
+
+
+def prune(*, model: str | Path, data: str | Path, output: Path, target: str = "host", target_ms: float | None = None, ratio: float | None = None,
+          depth: bool | int = False, importance: str = "auto", multiple: int = 8, teacher: str | None = None, format: str = "onnx", scheme: str = "fp32",
+          limit: int = 32, threads: int | None = None) -> dict[str, Any]:
+    """Leave channels, and with `depth` blocks, out of a trained model until its exported encoder takes `target_ms` on the target, or by a `ratio`;
+    writes a checkpoint to distil further (docs/pruning.md). `met` is False where the target is out of reach."""
+    from edgekd import pruning
+
+    return pruning.prune(pruning.Request(
+        str(model), targets.resolve(target), str(data), Path(output), target_ms=target_ms, ratio=ratio, depth=depth, importance=importance, multiple=multiple,
+        teacher=teacher, format=format, scheme=scheme, threads=threads, limit=limit))
 
 
 def profile(*, artifact: str | Path, target: str = "host", threads: int | None = None, warmup: int = 3, repeats: int = 30, prompts: int = 1,

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edgekd import plugins
 from edgekd.errors import EdgekdError
+from edgekd.models.pruned import Pruned, shrink
 from edgekd.protocols import PROMPTABLE, Preprocess
 from edgekd.workspace import atomic_path
 
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 SCHEMA: Literal["edgekd.checkpoint/1"] = "edgekd.checkpoint/1"
 HEADER = "edgekd"
 SUFFIX = ".safetensors"
+
+
+class Quantized(BaseModel):
+    """What a student was trained to be rounded to (`fake_quant`)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weight_bits: int
+    grids: dict[str, tuple[float, float, float, float]]
+    """Layer of the model -> least and largest level of what goes into it, and of what comes out of it (`edgekd.tuning.Grid`)."""
 
 
 class Meta(BaseModel):
@@ -45,6 +56,11 @@ class Meta(BaseModel):
     """Sizes of what comes after the encoder: of the prompt encoder and mask decoder (`edgekd.models.sam.DecoderShape`), or of the task's head."""
     proposer: dict[str, int] | None = None
     """Sizes of the box proposer (`edgekd.models.proposer.BoxProposer`) when the model has one."""
+    pruned: Pruned | None = None
+    """What of the encoder is left, of a pruned model (`edgekd.pruning`)."""
+    form: Literal["training", "deploy"] = "training"
+    """Whether the weights are those of the folded network (`edgekd.models.fold`), which quantization-aware training trains."""
+    quantized: Quantized | None = None
     labels: list[str] = []
     """Names of a classifier's classes in their order; none where they are not known."""
     digest: str
@@ -66,7 +82,8 @@ def save(model: Any, path: Path, *, kind: Literal["student", "teacher"] = "stude
     spec = model.preprocess
     task = plugins.task_of(model)
     meta = Meta(task=task.name, kind=kind, name=model.name, teacher=teacher, image_size=spec.image_size, mean=spec.mean, std=spec.std, fit=spec.fit,
-                prompt_size=spec.prompt_size, crop=spec.crop, digest=digest(tensors), history=history or {}, **task.header(model))
+                prompt_size=spec.prompt_size, crop=spec.crop, digest=digest(tensors), pruned=getattr(model, "pruned", None), history=history or {},
+                form=getattr(model, "form", "training"), quantized=_quantized(model), **task.header(model))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temp:
@@ -143,9 +160,34 @@ def load(path: Path) -> Any:
 
 def assemble(meta: Meta, tensors: dict[str, Tensor], where: Path) -> Any:
     """The model that a header describes, with these weights, in eval mode. Raises EdgekdError when they do not fit."""
-    model = plugins.task(meta.task).build(meta)
+    model = build(meta)
     _fill(model, meta, tensors, where)
     return model.eval()
+
+
+def build(meta: Meta) -> Any:
+    """The untrained model that a header describes, in its form. Raises EdgekdError when it describes none."""
+    model = _training_form(meta)
+    return model if meta.form == "training" else deployed(model)
+
+
+def deployed(model: Any) -> Any:
+    """A folded copy of a model, which says so in its checkpoints."""
+    from edgekd.models.fold import fold
+
+    made = fold(model.eval())
+    made.form = "deploy"
+    return made
+
+
+def _training_form(meta: Meta) -> Any:
+    task, pruned = plugins.task(meta.task), meta.pruned
+    if pruned is None:
+        return task.build(meta)
+    model = task.build(meta.model_copy(update={"name": pruned.base, "kind": pruned.kind}))
+    shrink(model.encoder, pruned)
+    model.name, model.pruned = meta.name, pruned
+    return model
 
 
 def load_into(model: Any, path: Path) -> None:
@@ -158,6 +200,10 @@ def load_into(model: Any, path: Path) -> None:
 
 
 def _fill(model: Any, meta: Meta, tensors: dict[str, Tensor], where: Path) -> None:
+    form = getattr(model, "form", "training")
+    if form != meta.form:
+        raise EdgekdError(f"the checkpoint holds the {meta.form} form of '{meta.name}', and this is its {form} form", where=where,
+                          hint="start from it with `edgekd distill CHECKPOINT`" if meta.form == "deploy" else "name the checkpoint of the quantized student")
     _add_proposer(model, meta)
     own = model.state_dict()
     wrong = [f"missing {k}" for k in own if k not in tensors] + [f"unknown {k}" for k in tensors if k not in own]
@@ -170,6 +216,32 @@ def _fill(model: Any, meta: Meta, tensors: dict[str, Tensor], where: Path) -> No
         model.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()}, assign=True)
     else:
         model.load_state_dict(tensors)
+    _set_grids(model, meta, where)
+
+
+def _quantized(model: Any) -> Quantized | None:
+    """The ranges that were trained for the layers of a model."""
+    from edgekd.models.rounding import grids_of, layers
+
+    known, found = layers(model), grids_of(model)
+    ends = {name: (*grid.input, *grid.output) for name, grid in found.items() if grid.input and grid.output}
+    return Quantized(weight_bits=min(getattr(known[name], "weight_bits", 8) for name in found), grids=ends) if ends else None
+
+
+def _set_grids(model: Any, meta: Meta, where: Path) -> None:
+    """Give the layers of a model the ranges of a header, and no others."""
+    from edgekd.models.rounding import forget, layers
+    from edgekd.tuning import Grid
+
+    forget(model)
+    if meta.quantized is None:
+        return
+    known = layers(model)
+    for name, ends in meta.quantized.grids.items():
+        if name not in known:
+            raise EdgekdError(f"the checkpoint has ranges for a layer '{name}' that '{meta.name}' does not have", where=where, hint="distil the student again")
+        layer: Any = known[name]
+        layer.grid, layer.weight_bits = Grid((ends[0], ends[1]), (ends[2], ends[3])), meta.quantized.weight_bits
 
 
 def _add_proposer(model: Any, meta: Meta) -> None:

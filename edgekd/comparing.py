@@ -1,8 +1,13 @@
-"""`edgekd quantize`: a model in a precision against itself in fp32, on the same runtime. A precision that is no gain is called that."""
+"""`edgekd quantize`: a model in a precision against itself in fp32, on the same runtime. A precision that is no gain is called that.
+
+Drops are in points (0..100): of `miou_drop` the accuracy a task is judged by, of `disagreement` the overlap with the float model's own answers.
+"""
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +16,7 @@ from edgekd.data import open_data
 from edgekd.decision import RULES
 from edgekd.errors import UsageError
 from edgekd.profiling import profile_many
-from edgekd.quantization.calibration import DecoderCalibration, EncoderCalibration
+from edgekd.quantization.calibration import EncoderCalibration, calibrate
 from edgekd.recipe import REFERENCE_SCHEME
 from edgekd.runtime import open_artifact
 from edgekd.workspace import usable_folder
@@ -21,7 +26,10 @@ if TYPE_CHECKING:
 
     from edgekd.artifact import Manifest
     from edgekd.protocols import Dataset
+    from edgekd.schemes import Precision
     from edgekd.target import Target
+    from edgekd.tasks.evaluation import Judge
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -33,15 +41,86 @@ class Comparison:
     drop: float | None
     metric: str = "miou"
 
-    def verdict(self) -> tuple[str, str]:
-        """`accepted`, `rejected`, or `unverified` where latency cannot be measured; and why, in words."""
-        if self.drop is not None and self.drop > RULES.parent_drop:
-            return "rejected", f"it loses {self.drop:.3f} of its {self.metric} to fp32, more than {RULES.parent_drop:g}"
+    def verdict(self, most: float = RULES.parent_drop) -> tuple[str, str]:
+        """`accepted`, `rejected`, or `unverified` where latency cannot be measured; and why, in words. `most`: the drop (0..1) that is allowed."""
+        if self.drop is not None and self.drop > most:
+            return "rejected", f"it loses {100 * self.drop:.2f} points of its {self.metric} to fp32, more than {100 * most:g}"
         if self.latency_ratio is None:
             return "unverified", f"{self.size_ratio:.2f} of the size; its latency cannot be measured from here"
         if self.latency_ratio > 1 - RULES.faster:
             return "rejected", f"it is not faster than fp32: {self.latency_ratio:.2f} of its time on this machine"
         return "accepted", f"{self.latency_ratio:.2f} of fp32's time and {self.size_ratio:.2f} of its size"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model, one format, one target: where its precisions are exported, judged and timed against each other."""
+
+    model: str
+    source: Any
+    format: str
+    target: Target
+    dataset: Dataset | None
+    folder: Path
+    limit: int
+    known: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+
+    @cached_property
+    def judge(self) -> Judge | None:
+        """What answers are judged by; None without photos."""
+        return None if self.dataset is None else plugins.task_of(self.source).judge(self.source, self.dataset)
+
+    @cached_property
+    def calibration(self) -> dict[str, Any] | None:
+        """What static precisions are shown."""
+        return None if self.dataset is None else calibrate(self.source, self.dataset, limit=self.limit)
+
+    def export(self, precision: Precision) -> Manifest:
+        """The model's files in a precision, below the folder. Raises as `exporting.export_model` does."""
+        name = exporting.candidate_id(self.source.name, self.source.preprocess.image_size, self.format, precision.text)
+        console.log(f"export {name}")
+        return exporting.export_model(self.source, self.folder / name, format=self.format, scheme=precision.text, teacher=resolve.teacher_of(self.model),
+                                      calibration=self.calibration if precision.looks_at_inputs else None, examples=examples(self.source, self.dataset),
+                                      qdq=self.target.qdq(self.format))
+
+    def path(self, manifest: Manifest) -> Path:
+        """Where it was exported to."""
+        return self.folder / manifest.id
+
+    def rows(self, manifests: Sequence[Manifest], *, most: float = RULES.parent_drop) -> list[dict[str, Any]]:
+        """What became of each precision; the first is the reference. Latencies are taken in turns, in one process.
+
+        Args:
+            most: the drop (0..1) that is allowed.
+        """
+        latencies: list[Any] = [None] * len(manifests)
+        if self.target.reachable:
+            latencies = [p.latency_ms for p in profile_many([self.path(m) for m in manifests], self.target, memory=False)]
+        judged = [self.scored(m) for m in manifests]
+        return [self._row(m, manifests[0], latency, latencies[0], scores, judged[0], most) for m, latency, scores in zip(manifests, latencies, judged, strict=True)]
+
+    def scored(self, manifest: Manifest) -> tuple[float | None, float | None]:
+        """Score and agreement of an artifact on its runtime; None without photos. Found once."""
+        if manifest.id not in self.known:
+            opened = open_artifact(self.path(manifest))
+            self.known[manifest.id] = (None, None) if self.judge is None else (self.judge.score(opened), self.judge.agreement(opened))
+        return self.known[manifest.id]
+
+    def _row(self, found: Manifest, parent: Manifest, latency: Any, before: Any, scores: tuple[float | None, float | None],
+             reference: tuple[float | None, float | None], most: float) -> dict[str, Any]:
+        metric = plugins.task_of(self.source).compared_by
+        (score, agreement), (base, _) = scores, reference
+        drop = None if score is None or base is None else base - score
+        compared = Comparison(found.size_bytes / parent.size_bytes, latency.p50 / before.p50 if latency else None, drop, metric)
+        verdict, reason = compared.verdict(most)
+        executed = {name: part.executed_ops for name, part in found.components.items()}
+        return {"id": found.id, "path": str(self.path(found)), "format": found.format, "scheme": found.scheme, "target": self.target.name,
+                "size_bytes": found.size_bytes, "size_ratio": compared.size_ratio, "latency_ratio": compared.latency_ratio,
+                "latency_ms": latency.model_dump(mode="json") if latency else None, f"{metric}_drop": None if drop is None else 100 * drop,
+                "disagreement": None if agreement is None else 100 * (1 - agreement), "drop_unit": "points (0..100)",
+                "executed_integer_ops": sum(n for ops in executed.values() for op, n in ops.items() if is_integer(op)),
+                "executed_precision": {name: part.executed_precision for name, part in found.components.items()}, "executed_ops": executed,
+                "kept_float": kept_float(found), "verdict": verdict, "reason": reason}
 
 
 def quantize(model: str | Path, *, scheme: str, format: str, target: Target, data: str | Path | None, output: Path, limit: int) -> dict[str, Any]:
@@ -50,65 +129,59 @@ def quantize(model: str | Path, *, scheme: str, format: str, target: Target, dat
     Raises:
         UsageError: unknown names, a scheme that the target does not run in this format, or no calibration images.
     """
-    check_runs(scheme, format, target)
-    dataset = open_data(data, masks=False) if data is not None else None
-    if dataset is None and schemes.get(scheme).needs_calibration:
+    precision = check_runs(scheme, format, target)
+    dataset = open_data(data) if data is not None else None
+    if dataset is None and precision.needs_calibration:
         raise UsageError(f"{scheme} needs calibration images", hint="give a folder of images with --data")
-    source, teacher = resolve.load_torch(model), resolve.teacher_of(model)
+    found = bench(model, format, target, dataset, output, limit)
+    reference = schemes.parse(REFERENCE_SCHEME)
+    rows = found.rows([found.export(each) for each in ([reference] if precision == reference else [reference, precision])])
+    return rows[-1] | ({"judged_on": judged_on(found.judge)} if found.judge else {})
+
+
+def bench(model: str | Path, format: str, target: Target, dataset: Dataset | None, output: Path, limit: int) -> Bench:
+    """The bench of a model of ours. Raises UsageError for one of the user's own, which has no photos to be judged on."""
+    source = resolve.load_torch(model)
     if not hasattr(source, "preprocess"):
         raise UsageError(f"'{model}' is a {type(source).__name__} whose inputs are not known",
                          hint=f"edgekd export --model {model} --input 1x3x224x224 --to onnx --output DIR, then edgekd quantize the .onnx file")
-    folder = usable_folder(output)
-    manifests: list[Manifest] = []
-    for each in dict.fromkeys((REFERENCE_SCHEME, scheme)):
-        name = exporting.candidate_id(source.name, source.preprocess.image_size, format, each)
-        console.log(f"export {name}")
-        calibration = calibrate(source, dataset, limit=limit) if dataset is not None and schemes.get(each).looks_at_inputs else None
-        manifests.append(exporting.export_model(source, folder / name, format=format, scheme=each, teacher=teacher, calibration=calibration,
-                                                examples=examples(source, dataset), qdq=target.qdq(format)))
-    return _report(manifests[0], manifests[-1], folder, target, source, dataset)
+    return Bench(str(model), source, format, target, dataset, usable_folder(output), limit)
 
 
-def check_runs(scheme: str, format: str, target: Target) -> None:
-    """Refuse a scheme that the exporter does not write or the target does not run, naming those that it does."""
-    schemes.get(scheme)
-    offered = plugins.exporter(format).schemes
+def judged_on(judge: Judge) -> dict[str, Any]:
+    """What a document says of its judge."""
+    return {"photos": judge.photos, "instances": judge.instances, "disagreement": judge.measure}
+
+
+def check_runs(scheme: str, format: str, target: Target) -> Precision:
+    """The precision that a text says. Refuse one that the exporter does not write or the target does not run, naming those that it does.
+
+    Raises:
+        UsageError: it is not the grammar's, or not to be had there.
+    """
+    precision = schemes.parse(scheme)
+    exporter = plugins.exporter(format)
     if format not in target.runs:
         raise UsageError(f"target '{target.name}' has no runtime for format '{format}'", hint=f"it runs {', '.join(target.runs)}")
-    possible = [s for s in target.runs[format] if s in offered]
-    if scheme not in possible:
-        raise UsageError(f"target '{target.name}' cannot run scheme '{scheme}' in format '{format}'", hint=f"there it runs {', '.join(possible)}")
+    possible = [s for s in exporter.schemes if schemes.get(s).runs_as in target.runs[format]]
+    for name in dict.fromkeys((precision.scheme.name, *(v for v in precision.exceptions.values() if v not in schemes.FLOATS))):
+        if name not in possible:
+            raise UsageError(f"target '{target.name}' cannot run scheme '{name}' in format '{format}'", hint=f"there it runs {', '.join(possible)}")
+    schemes.refuse(exporter, precision)
+    return precision
 
 
-def _report(reference: Manifest, found: Manifest, folder: Path, target: Target, source: Any, dataset: Dataset | None) -> dict[str, Any]:
-    paths = [folder / m.id for m in (reference, found)]
-    latencies: list[Any] = [None, None]
-    if target.reachable:
-        latencies = [p.latency_ms for p in profile_many(paths, target, memory=False)]
-    task, drop = plugins.task_of(source), None
-    metric = task.compared_by
-    if dataset is not None:
-        scores = task.compare(source, [open_artifact(path) for path in paths], dataset)
-        drop = scores[0] - scores[1]
-    compared = Comparison(found.size_bytes / reference.size_bytes, latencies[1].p50 / latencies[0].p50 if latencies[0] else None, drop, metric)
-    verdict, reason = compared.verdict()
-    integer = sum(n for part in found.components.values() for op, n in part.executed_ops.items() if is_integer(op))
-    return {"id": found.id, "path": str(folder / found.id), "format": found.format, "scheme": found.scheme, "target": target.name,
-            "size_bytes": found.size_bytes, "size_ratio": compared.size_ratio, "latency_ratio": compared.latency_ratio,
-            "latency_ms": latencies[1].model_dump(mode="json") if latencies[1] else None, f"{metric}_drop": drop,
-            "executed_integer_ops": integer, "kept_float": {name: part.note for name, part in found.components.items() if part.note}, "verdict": verdict, "reason": reason}
+def kept_float(found: Manifest) -> dict[str, str]:
+    """Components and layers that are not in the scheme asked for -> why."""
+    told = {name: part.note for name, part in found.components.items() if part.note}
+    return told | {f"{name}.{layer}": f"asked for in {precision}" for name, part in found.components.items()
+                   for layer, precision in part.tuning.get("keep", {}).items()}
 
 
 def is_integer(op: str) -> bool:
     """Whether an executed operator is integer arithmetic: onnxruntime tells it by the name, OpenVINO as `Convolution:i8`."""
     kind, _, precision = op.partition(":")
     return precision in ("i8", "u8", "i16", "u16") or re.match(r"QLinear(Conv|MatMul)|QGemm|QAttention|ConvInteger|MatMulInteger|DynamicQuantize(MatMul|LSTM)", kind) is not None
-
-
-def calibrate(model: Any, dataset: Dataset, *, limit: int) -> dict[str, Any]:
-    """Calibration inputs of every component, streamed from at most `limit` photos."""
-    task, photos = plugins.task_of(model), EncoderCalibration(dataset, model.preprocess, limit=limit)
-    return {task.photo_component: photos} | ({"decoder": DecoderCalibration(photos, model)} if hasattr(model, "decode") else {})
 
 
 def examples(model: Any, dataset: Dataset | None, *, limit: int = 16) -> np.ndarray | None:

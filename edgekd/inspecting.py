@@ -128,7 +128,8 @@ def _ours(path: Path) -> dict[str, Any]:
         raise UsageError(e.what, where=e.where, hint=e.hint) from e
     spec = zoo.SPECS.get(meta.name)
     return {"name": meta.name, "family": spec.family if spec else meta.kind, "variant": spec.variant if spec else None, "layout": "edgekd",
-            "file": _file_facts(path, [path]), **(_facts(model) if meta.task == PROMPTABLE else _parts(model)), "task": meta.task, "tensors": len(tensors), "dtype": _dtypes(tensors), "teacher": meta.teacher,
+            "file": _file_facts(path, [path]), **(_facts(model) if meta.task == PROMPTABLE else _parts(model)), "task": meta.task,
+            "form": meta.form, "quantized": meta.quantized and {"weight_bits": meta.quantized.weight_bits, "layers": len(meta.quantized.grids)}, "tensors": len(tensors), "dtype": _dtypes(tensors), "teacher": meta.teacher,
             "history": meta.history, "licence": spec.licence if spec else None, "problems": []}
 
 

@@ -22,6 +22,7 @@ from edgekd.decision import Decision, choose, judge, next_action, plan_verdicts
 from edgekd.distillation import verbs
 from edgekd.distillation.checks import check_data, check_recipe
 from edgekd.distillation.material import TrainingData, load_teachers, open_training_data
+from edgekd.distillation.starting import check_rounding, in_form
 from edgekd.errors import EdgekdError
 from edgekd.ledger import Ledger
 from edgekd.measurement import Circumstances
@@ -275,6 +276,7 @@ def trained_student(run: Run, name: str, size: int) -> Sam:
     """The student after the recipe's stages; from its checkpoint when they were finished earlier."""
     teacher, folder = run.bench.teacher, run.options.output / "checkpoints"
     student, start = verbs.new_student(name, size, teacher)
+    student = in_form(student, check_rounding(run.stages))
     key = verbs.training_key(run.stages, student, run.teachers, run.data)
     label = f"{student.name}-{size}"
     path = folder / f"{label}{checkpoint.SUFFIX}"

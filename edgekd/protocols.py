@@ -4,7 +4,7 @@ Everything here is structural (`typing.Protocol`): a plug-in needs no base class
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -193,8 +193,8 @@ class Task(Protocol):
         """What a model says of one photo: an object with `document()`, its JSON form."""
         ...
 
-    def compare(self, source: Any, models: Sequence[Any], dataset: Dataset) -> list[float]:
-        """The accuracy `compared_by`, larger is better, of several artifacts of one torch model, on as many photos as it takes to tell them apart."""
+    def judge(self, source: Any, dataset: Dataset) -> Any:
+        """What precisions of one torch model are judged by, on as many photos as it takes to tell them apart (`edgekd.tasks.evaluation.Judge`)."""
         ...
 
 

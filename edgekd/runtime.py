@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from edgekd import artifact, console, plugins
+from edgekd import artifact, console, plugins, workspace
 from edgekd.artifact import ArtifactComponent, Manifest, Tensor
 from edgekd.errors import EdgekdError
 from edgekd.protocols import Session, facts
@@ -125,11 +125,21 @@ class Refitted:
     """Calibration inputs of any length, as a file whose axes are fixed takes them. Re-iterable."""
 
     def __init__(self, samples: Iterable[Mapping[str, np.ndarray]], inputs: Sequence[Tensor], fixed: Mapping[str, int]) -> None:
-        self._samples, self._fitting = samples, Fitting(inputs, fixed)
+        self._samples, self._fitting, self._fixed = samples, Fitting(inputs, fixed), dict(fixed)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for sample in self._samples:
             yield from self._fitting.calls(sample)[0]
+
+    def fingerprint(self) -> str | None:
+        """See `fingerprint_of`."""
+        return fingerprint_of(self._samples, "refitted", self._fixed)
+
+
+def fingerprint_of(samples: Any, *changed: Any) -> str | None:
+    """Changes with what calibration inputs yield and with what is done to them (JSON-like values); None where they do not tell what they yield."""
+    own = samples.fingerprint() if hasattr(samples, "fingerprint") else None
+    return own and workspace.fingerprint([own, *changed])
 
 
 def fitted(session: Session, inputs: Sequence[Tensor], outputs: Sequence[Tensor], fixed: Mapping[str, int]) -> Session:

@@ -48,7 +48,6 @@ from edgekd.protocols import Exporter, facts
 from edgekd.tuning import FloatType, Method, Tuning
 
 FLOATS: tuple[FloatType, ...] = get_args(FloatType)
-AUTO = "auto"
 REST = "rest"
 
 

@@ -15,7 +15,7 @@ from edgekd.ledger import Ledger, Result
 from edgekd.models.sam import Sam
 from edgekd.profiling.profile import Profile, profile_many
 from edgekd.protocols import Dataset
-from edgekd.quantization.calibration import DecoderCalibration, EncoderCalibration
+from edgekd.quantization.calibration import calibrate
 from edgekd.recipe import Recipe
 from edgekd.report.schema import Accuracy, Agreement, CandidateRow, ComponentRow
 from edgekd.runtime import open_artifact
@@ -68,7 +68,7 @@ def export(bench: Bench, row: CandidateRow, student: Sam, source: str) -> Candid
         source: digest of the student's weights; an artifact made from others is made again.
     """
     folder = bench.artifact(row.id)
-    needs = schemes.get(row.scheme).looks_at_inputs
+    needs = schemes.parse(row.scheme).looks_at_inputs
     key = fingerprint([source, row.id, row.trained, bench.target.qdq(row.format), bench.calibration.fingerprint() if needs else None])
     known = bench.ledger.known("export", key)
     if known and (known["status"] == "failed" or _whole(folder)):
@@ -90,9 +90,8 @@ def _whole(folder: Path) -> bool:
 
 
 def _export(bench: Bench, row: CandidateRow, student: Sam, folder: Path) -> Result:
-    photos = EncoderCalibration(bench.calibration, student.preprocess, limit=bench.recipe.quantization.calibration_images)
-    calibration: exporting.Calibration | None = {"encoder": photos, "decoder": DecoderCalibration(photos, student)} \
-        if schemes.get(row.scheme).looks_at_inputs else None
+    calibration = calibrate(student, bench.calibration, limit=bench.recipe.quantization.calibration_images, choose=row.trained) \
+        if schemes.parse(row.scheme).looks_at_inputs else None
     try:
         exporting.export_model(student, folder, format=row.format, scheme=row.scheme, name=row.id, teacher=bench.teacher.name, calibration=calibration,
                                threads=bench.threads, qdq=bench.target.qdq(row.format), gate=row.trained)

@@ -24,8 +24,9 @@ from edgekd.export._mil import Interpreter, Op, Program, coremltools
 from edgekd.export._program import program, quiet
 from edgekd.export.onnx import content_key
 
-from edgekd.errors import CannotTake, EdgekdError, first_line
+from edgekd.errors import CannotTake, EdgekdError, UsageError, first_line
 from edgekd.protocols import Component, package_version
+from edgekd.tuning import PLAIN, Tuning, layer_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,8 @@ LEAST_WEIGHTS = 512
 """Tensors of fewer numbers are not compressed: they are biases, norms and tokens"""
 PALETTES = {"w6_weight_only": 6, "w4_weight_only": 4}
 KEPT_PROGRAMS = 2
+GRANULARITY = "edgekd.granularity"
+"""metadata key of a file: whether every output channel of an integer weight has a step of its own (`channel`)"""
 
 DESCRIPTIONS = {
     "images": "photo, normalised, its long side fitted to the square, padded right and bottom with zeros",
@@ -58,7 +61,7 @@ DESCRIPTIONS = {
 _programs: OrderedDict[str, Any] = OrderedDict()
 
 
-def build(component: Component, path: Path, scheme: str, samples: Samples) -> None:
+def build(component: Component, path: Path, scheme: str, samples: Samples, tuning: Tuning = PLAIN) -> None:
     """Write the component as a Core ML package at `path`, which must not exist. `samples` are looked at by all schemes but fp32.
 
     Raises:
@@ -70,14 +73,15 @@ def build(component: Component, path: Path, scheme: str, samples: Samples) -> No
     kept: dict[str, str] = {}
     if scheme != "fp32":
         single = _read(whole, path)
-        overflows = overflowing(single, samples)
+        overflows = overflowing(single, samples) | {value: "asked for" for value in _given_by(single, component, tuning, "fp32")}
         whole = _half(ct, component, overflows)
         half = _read(whole, path)
         if lost := [name for name in overflows if f"{name}_cast_fp16" in half.types]:  # what coremltools calls a value that it made fp16
             raise EdgekdError(f"operations that overflow fp16 cannot be kept in fp32: {', '.join(lost[:3])}", where=component.name, hint="use fp32")
         kept = by_layer(single, overflows, component)
-        whole = _compress(ct, whole, half, scheme, samples, component)
-    _describe(whole, component, scheme, kept)
+        spared = _given_by(single, component, tuning, "fp16")
+        whole = _compress(ct, whole, half, scheme, samples, component, tuning, {name for value in spared for name in (value, f"{value}_cast_fp16")})
+    _describe(whole, component, scheme, kept, tuning)
     _save(whole, path)
 
 
@@ -236,6 +240,25 @@ def _angles(source: Program, waves: set[str]) -> list[str]:
     return sorted(found)
 
 
+def _given_by(source: Program, component: Component, tuning: Tuning, kept: str) -> list[str]:
+    """The values of a program that the layers give which `tuning` keeps in the float type `kept`.
+
+    Raises:
+        UsageError: a layer has no operation of its own in the program.
+    """
+    found = []
+    for path, module in component.module.named_modules():
+        if tuning.keep.get(layer_name(path)) != kept or not hasattr(module, "weight"):
+            continue
+        weight = f"p_{path.replace('.', '_')}_weight"
+        values = [v.name for op in source.ops if op.kind in COMPRESSED and weight in (op.reads(key) for key in ("weight", "x", "y")) for v in op.outputs]
+        if not values:
+            raise UsageError("coremltools joins this layer with others, so that it cannot be kept alone", where=f"{component.name}.{layer_name(path)}",
+                             hint=f"leave it out, or keep all of the {component.name}: {{{component.name}: fp16}}")
+        found += values
+    return found
+
+
 def by_layer(source: Program, kept: Mapping[str, str], component: Component) -> dict[str, str]:
     """Layer (as the state dict has it; an operation's name where it has no weights) -> why."""
     spelled = {f"p_{name.replace('.', '_')}": name for name, _ in component.module.named_parameters()}
@@ -249,35 +272,40 @@ def by_layer(source: Program, kept: Mapping[str, str], component: Component) -> 
 # --- compression ------------------------------------------------------------------------------------------------------
 
 
-def _compress(ct: Any, model: Any, half: Program, scheme: str, samples: Samples, component: Component) -> Any:
-    """The fp16 model, whose program is `half`, with integer weights, and integer activations where the scheme says so."""
+def _compress(ct: Any, model: Any, half: Program, scheme: str, samples: Samples, component: Component, tuning: Tuning, spared: set[str]) -> Any:
+    """The fp16 model, whose program is `half`, with integer weights, and integer activations where the scheme says so; but for what gives the values
+    `spared`."""
     if scheme == "fp16":
         return model
-    cto = ct.optimize.coreml
+    cto, heavy = ct.optimize.coreml, _heavy(half, spared)
+    if spared and not heavy:
+        raise EdgekdError(f"{scheme} compresses nothing: no layer with {LEAST_WEIGHTS} weights is left to it", where=component.name, hint="use fp16")
     try:
         with _silent():
             if scheme in PALETTES:
                 palette = cto.OpPalettizerConfig(mode="kmeans", nbits=PALETTES[scheme], weight_threshold=LEAST_WEIGHTS)
-                return cto.palettize_weights(model, cto.OptimizationConfig(op_name_configs=dict.fromkeys(_heavy(half), palette)))
-            linear = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", granularity="per_channel", weight_threshold=LEAST_WEIGHTS)
+                return cto.palettize_weights(model, cto.OptimizationConfig(op_name_configs=dict.fromkeys(heavy, palette)))
+            linear = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", granularity=f"per_{tuning.granularity}", weight_threshold=LEAST_WEIGHTS)
             if scheme == "w8a8_static":
-                model = _quantize_activations(model, half, samples, cto)
-            return cto.linear_quantize_weights(model, cto.OptimizationConfig(op_name_configs=dict.fromkeys(_heavy(half), linear)))
+                model = _quantize_activations(model, half, samples, cto, tuning, spared)
+            return cto.linear_quantize_weights(model, cto.OptimizationConfig(op_name_configs=dict.fromkeys(heavy, linear)))
     except EdgekdError:
         raise
     except Exception as e:  # ValueError, AssertionError, ModuleNotFoundError of scikit-learn
         raise EdgekdError(f"coremltools cannot compress the component: {first_line(e)}", where=component.name, hint="use fp16") from e
 
 
-def _heavy(half: Program) -> list[str]:
+def _heavy(half: Program, spared: set[str]) -> list[str]:
     """Names of the constants worth compressing: weights of the arithmetic that is done in fp16. By name, because equal constants are kept once, and
     what a layer adds may be what a norm does."""
-    found = [half.made[name] for op in half.ops if op.kind in COMPRESSED and half.precision(op) == "fp16" for key in ("weight", "x", "y")
-             if (name := op.reads(key)) in half.made]
+    halves = [op for op in half.ops if op.kind in COMPRESSED and half.precision(op) == "fp16"]
+    read, whole = ({name for op in halves if (op.outputs[0].name in spared) is kept for key in ("weight", "x", "y") if (name := op.reads(key)) in half.made}
+                   for kept in (False, True))
+    found = [half.made[str(name)] for name in read - whole]
     return sorted({op.name for op in found if op.kind == "const" and math.prod(n or 0 for n in op.outputs[0].shape) >= LEAST_WEIGHTS})
 
 
-def _quantize_activations(model: Any, half: Program, samples: Samples, cto: Any) -> Any:
+def _quantize_activations(model: Any, half: Program, samples: Samples, cto: Any, tuning: Tuning, spared: set[str]) -> Any:
     """The model with 8-bit integers before every convolution and linear layer whose length does not vary beyond its batch axis: prompt tokens
     break at 8 bits and cost nothing. coremltools inserts them; the ranges, for which it would run the model on a Mac, are our interpreter's."""
     from coremltools.converters.mil.frontend.milproto import load
@@ -286,10 +314,11 @@ def _quantize_activations(model: Any, half: Program, samples: Samples, cto: Any)
     from coremltools.models import utils
 
     chosen = [op for op in half.ops if op.kind in INTEGER and half.precision(op) == "fp16" and _weighs(half, op) >= LEAST_WEIGHTS
-              and None not in half.types[str(op.reads("x"))].shape[1:]]
+              and None not in half.types[str(op.reads("x"))].shape[1:] and op.outputs[0].name not in spared]
     if not chosen:
         raise EdgekdError(f"there is nothing to quantize: no operation with {LEAST_WEIGHTS} weights works on fixed lengths", hint="use fp16")
-    config = cto.OptimizationConfig(op_name_configs={op.name: cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8") for op in chosen})
+    mode = "linear" if tuning.symmetric is False else "linear_symmetric"
+    config = cto.OptimizationConfig(op_name_configs={op.name: cto.OpLinearQuantizerConfig(mode=mode, dtype="int8") for op in chosen})
     step = PASS_REGISTRY["compression::insert_prefix_quantize_dequantize_pair"]
     step.set_options([PassOption("config", config), PassOption("activation_stats", ranges(half, [str(op.reads("x")) for op in chosen], samples))])
     return utils._apply_graph_pass(model, [step, PASS_REGISTRY["common::dequantize_quantize_pair_elimination"]], spec_version=model.get_spec().specificationVersion,
@@ -328,14 +357,14 @@ def ranges(source: Program, names: Iterable[str], samples: Samples) -> dict[str,
 # --- what the file says of itself ---------------------------------------------------------------------------------------
 
 
-def _describe(model: Any, component: Component, scheme: str, kept: Mapping[str, str]) -> None:
+def _describe(model: Any, component: Component, scheme: str, kept: Mapping[str, str], tuning: Tuning) -> None:
     """Metadata that Xcode and a Mac's `mdls` show."""
     version = package_version("edgekd") or "unknown"
     model.author, model.version = f"exported by edgekd {version}", version
     model.license = "that of the weights it was exported from"
     model.short_description = f"{component.name} of a model exported by edgekd, {scheme}"
     facts = {"edgekd.component": component.name, "edgekd.scheme": scheme, "edgekd.lengths": json.dumps(longest(component)),
-             "edgekd.padding": json.dumps(dict(component.padding))}
+             "edgekd.padding": json.dumps(dict(component.padding)), GRANULARITY: tuning.granularity}
     for key, value in (facts | ({KEPT: json.dumps(dict(kept))} if kept else {})).items():
         model.user_defined_metadata[key] = value
     for name in component.example:

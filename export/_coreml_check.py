@@ -28,7 +28,8 @@ def check(component: Component, path: Path, scheme: str) -> Check:
     if program.version != VERSION:
         raise EdgekdError(f"the package is of specification {program.version}, not {VERSION}", where=path, hint="export it with coremltools 9")
     weights = _weights(component, path)
-    if weights and max(weights.values()) > LOST[scheme]:
+    most = LOST["w4_weight_only" if program.metadata.get(_coreml.GRANULARITY) == "tensor" and scheme.startswith("w8") else scheme]  # one step for all is coarse
+    if weights and max(weights.values()) > most:
         worst = max(weights, key=lambda n: weights[n])
         raise EdgekdError(f"the weight {worst} in the package is not the model's: it differs by {weights[worst]:.2g} of its size", where=path,
                           hint="use another scheme; the file was not kept")

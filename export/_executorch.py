@@ -16,6 +16,7 @@ from edgekd.export._program import program, quiet, without_aliases
 
 from edgekd.errors import EdgekdError, UsageError, first_line, unknown
 from edgekd.protocols import Availability, Check, Component, Facts, package_version
+from edgekd.tuning import PLAIN, Tuning
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class PteExporter(Facts):
                                 fix=f"{FIX}  (wheels: Linux x86-64 and arm64, macOS on Apple silicon, Windows x86-64)")
         return Availability(True, version=f"executorch {package_version('executorch')}", runs=self.runs is None, reason=self.runs)
 
-    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
+    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8", tuning: Tuning = PLAIN) -> list[Path]:
         """Write `path` (see `edgekd.protocols.Exporter.export`). ExecuTorch has a QDQ style of its own."""
         if scheme not in self.schemes:
             raise unknown(f"{self.format} scheme", scheme, self.schemes)
@@ -60,7 +61,7 @@ class PteExporter(Facts):
         available = self.availability()
         if not available.ok:
             raise EdgekdError(f"ExecuTorch is missing: {available.reason}", where=component.name, hint=available.fix)
-        made, path = self.captured(component, scheme, calibration), Path(path)
+        made, path = self.captured(component, scheme, calibration, tuning), Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
             captured, lowered = Path(folder) / "program.pt2", Path(folder) / path.name
@@ -77,7 +78,7 @@ class PteExporter(Facts):
             os.replace(lowered, path)
         return [path]
 
-    def captured(self, component: Component, scheme: str, calibration: Any) -> torch.export.ExportedProgram:
+    def captured(self, component: Component, scheme: str, calibration: Any, tuning: Tuning = PLAIN) -> torch.export.ExportedProgram:
         """What is lowered."""
         return program(component)
 

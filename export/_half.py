@@ -74,6 +74,12 @@ def overflowing(file: Path, samples: Iterable[Mapping[str, np.ndarray]]) -> list
     return list(found.values())
 
 
+def asked(graph: onnx.ModelProto, layers: Iterable[str]) -> list[Kept]:
+    """Every node of the layers that are asked for in fp32."""
+    wanted = set(layers)
+    return [Kept(n.name, name, "asked for") for n in graph.graph.node for name in layers_of(n) if name in wanted]
+
+
 def by_layer(kept: Iterable[Kept]) -> dict[str, str]:
     """layer -> why; of several reasons the one that tells most: arithmetic before what only moves values."""
     def vague(one: Kept) -> bool:
@@ -143,6 +149,12 @@ def layer_of(node: onnx.NodeProto) -> str:
     """The module's name as the state dict has it, or the node's own where a model computes outside of its modules."""
     module = next((p.value for p in node.metadata_props if p.key == MODULE), "")
     return module.removeprefix("model.") or node.name
+
+
+def layers_of(node: onnx.NodeProto) -> list[str]:
+    """Names that a node's layer may have: by its metadata, and by what its weight is called, which stays when a normalisation is folded into it."""
+    weight = node.input[1] if len(node.input) > 1 and node.input[1].endswith(".weight") else ""
+    return list(dict.fromkeys([layer_of(node), *([weight.removesuffix(".weight").removeprefix("model.")] if weight else [])]))
 
 
 def _peaks(file: Path, graph: onnx.ModelProto, samples: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:

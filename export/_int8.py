@@ -1,24 +1,30 @@
-"""Float ONNX graph -> int8 by onnxruntime's quantizer: which operators are worth it, and in which style."""
+"""Float ONNX graph -> int8 by onnxruntime's quantizer: which operators are worth it, in which style, with which ranges.
+
+    w8a8_static           ranges from calibration (`_ranges.py`); what is not worth integer arithmetic keeps 8-bit weights (`_light.py`, u8s8 only)
+    w8a8_qat, w4a8_qat    trained ranges (`_grids.py`)
+    w8_dynamic            8-bit weights of linear layers only
+"""
 from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.export._half import layer_of
+from edgekd.export import _grids, _ranges
+from edgekd.export._half import layer_of, layers_of
+from edgekd.export._light import lighten
 
 from edgekd.errors import EdgekdError, first_line
 from edgekd.tuning import PLAIN, Tuning, stays_float
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
 
 ARITHMETIC = ("Conv", "MatMul", "Gemm")  # what is worth quantizing
-QDQ_STYLES = {
+QDQ_STYLES: Mapping[str, Mapping[str, Any]] = {
     "u8s8": {},
     "s8s8_symmetric": {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
 }
@@ -35,34 +41,29 @@ class Source:
 
 
 def quantize(source: Source, target: Path, *, scheme: str, calibration: Any, qdq: str, tuning: Tuning = PLAIN) -> None:
-    """Write the int8 form of a float graph to `target`. Raises EdgekdError when there is nothing to quantize or a step fails."""
-    import onnx
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    """Write the int8 form of a float graph to `target`.
 
-    large = source.large
-    graph = onnx.load(source.file, load_external_data=False)
-    floats = {n.name for n in graph.graph.node if stays_float(layer_of(n), tuning)}
-    nodes = [n for n in quantizable(graph, dynamic=scheme == "w8_dynamic", varying=source.varying) if n not in floats]
-    if not nodes:
-        kinds = "MatMul or Gemm with constant weights" if scheme == "w8_dynamic" else "Conv, MatMul or Gemm with constant weights"
+    Raises:
+        UsageError: calibration samples from which no ranges can be found.
+        EdgekdError: there is nothing to quantize, activations are not finite, or a step fails.
+    """
+    import onnx
+
+    graph, dynamic = onnx.load(source.file, load_external_data=False), scheme == "w8_dynamic"
+    worth = quantizable(graph, dynamic=dynamic, varying=source.varying)
+    floats = {n.name for n in graph.graph.node if any(stays_float(layer, tuning) for layer in layers_of(n))}
+    nodes = [n for n in worth if n not in floats]
+    if not worth and not tuning.grids:
+        kinds = "MatMul or Gemm with constant weights" if dynamic else "Conv, MatMul or Gemm with constant weights"
         raise EdgekdError(f"nothing to quantize: {scheme} works on {kinds}, and the graph has none", where=source.where,
-                          hint="use w8a8_static for convolutional models" if scheme == "w8_dynamic" else "use fp32")
+                          hint="use w8a8_static for convolutional models" if dynamic else "use fp32")
+    if not nodes and not tuning.grids:
+        raise EdgekdError(f"nothing to quantize: all that {scheme} works on is kept in float", where=source.where, hint="keep fewer layers, or use fp32")
     try:
-        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-            ready = str(Path(folder) / "ready.onnx")
-            # From a file: given a graph in memory, quant_pre_process looks for its weights in a file it removed.
-            quant_pre_process(str(source.file), ready, skip_symbolic_shape=True, save_as_external_data=large, all_tensors_to_one_file=large)
-            if scheme == "w8_dynamic":  # by kind, not by name: each Gemm is first renamed into a MatMul, and only constant weights are taken
-                quantize_dynamic(ready, str(target), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8,
-                                 use_external_data_format=large)
-            else:
-                kept = {n.name for n in onnx.load(ready, load_external_data=False).graph.node}
-                nodes = [n for n in nodes if n in kept] or nodes  # an empty list would mean every node
-                activation = QuantType.QUInt8 if qdq == "u8s8" else QuantType.QInt8
-                quantize_static(ready, str(target), _Reader(calibration), quant_format=QuantFormat.QDQ, op_types_to_quantize=list(ARITHMETIC),
-                                nodes_to_quantize=nodes, per_channel=True, activation_type=activation, weight_type=QuantType.QInt8,
-                                use_external_data_format=large, calibrate_method=CalibrationMethod.MinMax, extra_options=dict(QDQ_STYLES[qdq]))
+        if tuning.grids:
+            _grids.write(source.file, target, tuning, where=source.where, large=source.large, signed=qdq != "u8s8", style=QDQ_STYLES[qdq])
+        else:
+            _quantize(source, target, nodes, sorted(floats), worth, dynamic=dynamic, calibration=calibration, qdq=qdq, tuning=tuning)
     except EdgekdError:
         raise
     except Exception as e:  # the quantizer raises ValueError, RuntimeError, KeyError and onnxruntime's own
@@ -70,6 +71,66 @@ def quantize(source: Source, target: Path, *, scheme: str, calibration: Any, qdq
     written = Counter(n.op_type for n in onnx.load(target, load_external_data=False).graph.node)
     if not (written["QuantizeLinear"] or written["DynamicQuantizeLinear"]):
         raise EdgekdError("the quantizer left every operator in float", where=source.where, hint="use fp32")
+
+
+def _quantize(source: Source, target: Path, nodes: list[str], floats: list[str], worth: list[str], *, dynamic: bool, calibration: Any, qdq: str,
+              tuning: Tuning) -> None:
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    large, channels = source.large, tuning.granularity == "channel"
+    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+        ready, found = Path(folder) / "ready.onnx", Path(folder) / "ranges.json"
+        # From a file: given a graph in memory, quant_pre_process looks for its weights in a file it removed.
+        quant_pre_process(str(source.file), str(ready), skip_symbolic_shape=True, save_as_external_data=large, all_tensors_to_one_file=large)
+        if tuning.naive:
+            quantize_static(str(ready), str(target), _ranges.Checked(calibration, source.where), nodes_to_exclude=floats, use_external_data_format=large)
+        elif dynamic:  # by kind, not by name: only constant weights are taken, and each Gemm is first renamed into a MatMul
+            quantize_dynamic(str(ready), str(target), op_types_to_quantize=["MatMul", "Gemm"], per_channel=channels, weight_type=QuantType.QInt8,
+                             nodes_to_exclude=[*floats, *(f"{n}_MatMul" for n in floats)], use_external_data_format=large)
+        else:
+            style = {**QDQ_STYLES[qdq], **({} if tuning.symmetric is None else {"ActivationSymmetric": tuning.symmetric})}
+            nodes = _write_ranges(source, ready, found, nodes, worth, calibration, tuning.method, symmetric=bool(style.get("ActivationSymmetric")))
+            quantize_static(str(ready), str(target), calibration_cache_path=str(found), quant_format=QuantFormat.QDQ, per_channel=channels,
+                            op_types_to_quantize=list(ARITHMETIC), nodes_to_quantize=nodes, weight_type=QuantType.QInt8,
+                            activation_type=QuantType.QUInt8 if qdq == "u8s8" else QuantType.QInt8, use_external_data_format=large, extra_options=style)
+            if qdq == "u8s8":  # TensorRT's parser takes no weights that nothing quantizes the input of
+                lighten(target, lambda node: any(stays_float(layer, tuning) for layer in layers_of(node)), large=large)
+
+
+def _write_ranges(source: Source, ready: Path, file: Path, nodes: list[str], worth: list[str], calibration: Any, method: str, *,
+                  symmetric: bool) -> list[str]:
+    """Ranges of the tensors around `nodes`, as the library's file of them; of all that are `worth` it where they are kept for the next export.
+    What is left of the nodes in the prepared graph."""
+    import numpy as np
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, TensorData, TensorsData, save_tensors_data
+
+    graph = onnx.load(ready, load_external_data=False).graph
+    kept = {n.name for n in graph.node}
+    left = [n for n in nodes if n in kept] or nodes  # an empty list would mean every node
+    layers = {n.name: layer_of(n) for n in onnx.load(source.file, load_external_data=False).graph.node}
+    key = _ranges.key_of(source.file, calibration)
+    wanted = _around(graph, set(left), layers)
+    seen = _ranges.ranges(_ranges.Watched(ready, source.where, source.large, _around(graph, {*worth, *left}, layers) if key else wanted), calibration,
+                          method=method, symmetric=symmetric, key=key)
+    data = {t: TensorData(lowest=np.asarray(seen[t][0]), highest=np.asarray(seen[t][1])) for t in wanted}
+    save_tensors_data(TensorsData(CalibrationMethod.MinMax, data), file)
+    return left
+
+
+def _around(graph: onnx.GraphProto, names: set[str], layers: Mapping[str, str]) -> dict[str, str]:
+    """Activations that the named nodes read and write -> where that is, in the graph's order."""
+    constant, given = {t.name for t in graph.initializer}, {v.name for v in graph.input}
+    found: dict[str, str] = {}
+    for node in graph.node:
+        if node.name in names:
+            layer = f"layer '{layers.get(node.name, node.name)}'"
+            for tensor in node.input[:2]:
+                if tensor not in constant:
+                    found.setdefault(tensor, f"the input '{tensor}'" if tensor in given else f"what {layer} reads")
+            found.setdefault(node.output[0], f"what {layer} writes")
+    return found
 
 
 def quantizable(graph: onnx.ModelProto, *, dynamic: bool, varying: bool = False) -> list[str]:
@@ -88,18 +149,3 @@ def quantizable(graph: onnx.ModelProto, *, dynamic: bool, varying: bool = False)
         if dynamic or varying or not varies:
             found.append(node.name)
     return found
-
-
-class _Reader:
-    """Feeds calibration inputs one by one: a re-iterable of any length in constant memory."""
-
-    def __init__(self, samples: Iterable[Mapping[str, np.ndarray]]) -> None:
-        self._samples = samples
-        self.rewind()
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        sample = next(self._iterator, None)
-        return None if sample is None else dict(sample)
-
-    def rewind(self) -> None:
-        self._iterator: Iterator[Mapping[str, np.ndarray]] = iter(self._samples)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 WEIGHTED = {"CONV_2D": "CONV_2D", "DEPTHWISE_CONV_2D": "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV": "CONV_2D_TRANSPOSE", "FULLY_CONNECTED": "FULLY_CONNECTED"}
@@ -13,6 +13,10 @@ TYPES = {"float32": "f32", "float16": "f16", "float64": "f64", "int8": "i8", "ui
 PRECISIONS = {"i8": "int8", "i16": "int16", "f32": "fp32", "f16": "fp16"}
 WIDE = 1000.0
 SMALL = 1 / 200
+
+LAYER, PLACE = "layer=", "at="
+"""What `_litert.convert` puts before a module's path in the names of tensors: of a torch operator with weights, and of any other. The converter joins
+the names of what it merges with `;` and numbers what would be called the same."""
 
 
 def tag(kind: str, inputs: list[str], outputs: list[str]) -> str:
@@ -35,7 +39,7 @@ class Graph:
         from ai_edge_litert.tools import flatbuffer_utils
 
         model = flatbuffer_utils.read_model(file)
-        self._graph = model.subgraphs[0]
+        self._graph, self._buffers = model.subgraphs[0], model.buffers
         self._operators = self._graph.operators
         self.kinds = [str(flatbuffer_utils.opcode_to_name(model, o.opcodeIndex)) for o in self._operators]
         self._from = {int(t): i for i, o in enumerate(self._operators) for t in o.outputs}
@@ -62,6 +66,40 @@ class Graph:
 
         return str(get_op_scope(self._operators[operator], self._graph.tensors))
 
+    def layer(self, operator: int) -> str | None:
+        """The torch layer that an operator with weights is. Its weight's own name says it; that of its output where something was multiplied into the
+        weight."""
+        weight = self._graph.tensors[int(self._operators[operator].inputs[1])].name.decode()
+        return next(iter(_named(weight, LAYER) + _named(self.scope(operator), LAYER)), None)
+
+    def of(self, layers: Collection[str]) -> dict[int, str]:
+        """Operators with weights that are one of these layers -> which."""
+        found = {i: self.layer(i) for i in self.arithmetic}
+        return {i: name for i, name in found.items() if name is not None and name in layers}
+
+    def ends(self, operator: int) -> tuple[str, str]:
+        """Names of the tensors that an operator with weights reads and writes."""
+        o = self._operators[operator]
+        data = int(o.inputs[2] if self.kinds[operator] == "TRANSPOSE_CONV" else o.inputs[0])
+        return self._graph.tensors[data].name.decode(), self._graph.tensors[int(o.outputs[0])].name.decode()
+
+    def peaks(self, operator: int) -> Any:
+        """(O,) largest absolute weight of every output channel."""
+        import numpy as np
+
+        tensor = self._graph.tensors[int(self._operators[operator].inputs[1])]
+        weight = np.frombuffer(bytes(self._buffers[tensor.buffer].data), np.float32).reshape([int(n) for n in tensor.shape])
+        axis = 3 if self.kinds[operator] == "DEPTHWISE_CONV_2D" else 0
+        return np.abs(weight).max(axis=tuple(i for i in range(weight.ndim) if i != axis))
+
+    def broken(self, ranges: Mapping[str, Any]) -> str | None:
+        """Where the graph first computes NaN or infinity, by these ranges: the path of a module, or the name of a tensor."""
+        for o in self._operators:
+            for name in (self._graph.tensors[int(t)].name.decode() for t in o.outputs):
+                if name in ranges and not all(math.isfinite(end) for end in ranges[name]):
+                    return next(iter(_named(name, LAYER) + _named(name, PLACE)), "what belongs to no layer")
+        return None
+
     def before(self, kinds: set[str]) -> set[int]:
         """Operators of these kinds and all that they depend on."""
         found: set[int] = set()
@@ -80,7 +118,7 @@ class Graph:
         """Operators that read or write what passed `WIDE`."""
         def largest(tensor: int) -> float:
             seen = ranges.get(self._graph.tensors[tensor].name.decode()) if tensor >= 0 else None
-            return max(abs(float(seen["min"].min())), abs(float(seen["max"].max()))) if seen else 0.0
+            return max(abs(end) for end in seen) if seen else 0.0
 
         return {i for i, o in enumerate(self._operators) if any(largest(int(t)) > WIDE for t in [*o.inputs, *o.outputs])}
 
@@ -112,3 +150,8 @@ class Graph:
     def _shape(self, tensor: int) -> list[int]:
         shape = self._graph.tensors[tensor].shape
         return [] if shape is None else [int(n) for n in shape]
+
+
+def _named(text: str, prefix: str) -> list[str]:
+    """The paths in a tensor's name that stand behind `prefix`."""
+    return [part.removeprefix(prefix) for part in text.split(";") if part.startswith(prefix) and part != prefix]

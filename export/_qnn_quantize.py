@@ -1,6 +1,6 @@
 """QDQ graphs as Qualcomm's HTP wants them: onnxruntime's own recipe for it, with two things kept out that break silently.
 
-    prompts        what depends on no picture stays in float: coordinates, labels compared for equality, the mask of absent points (-1e4 in sums). All of
+    prompts        what depends on no picture stays in float: coordinates, labels compared for equality, the mask of absent points. All of
                    it quantized makes masks useless, also at 16 bits, and it is no work to speak of
     per channel    weights of convolutions only. 16-bit activations on MatMul weights of a scale a channel compute something else on the HTP than the same
                    graph says (seen in the simulator), and it takes no signed weights of LayerNormalization

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.export._half import KEPT, MODULE, Kept, by_layer, convert, name_layers, overflowing
+from edgekd.export._half import KEPT, MODULE, Kept, asked, by_layer, convert, name_layers, overflowing
 
 from edgekd.errors import EdgekdError, first_line
 
@@ -34,13 +34,15 @@ QUANTIZED = "_quantized"
 """how onnxruntime ends the names of integer weights"""
 
 
-def convert_quantized(file: Path, source: Path, calibration: Iterable[Mapping[str, np.ndarray]], *, fp8: bool = False) -> onnx.ModelProto:
+def convert_quantized(file: Path, source: Path, calibration: Iterable[Mapping[str, np.ndarray]], *, fp8: bool = False,
+                      floats: Iterable[str] = ()) -> onnx.ModelProto:
     """The fp32 QDQ graph in `file` with fp16 between its quantized layers; float32 in and out.
 
     Args:
         source: the float graph it was made from.
         calibration: inputs that are searched for what overflows fp16.
         fp8: eight bits are fp8 instead of integers.
+        floats: layers that stay in fp32 because they are asked for.
 
     Raises:
         EdgekdError: a step refuses the graph.
@@ -56,7 +58,7 @@ def convert_quantized(file: Path, source: Path, calibration: Iterable[Mapping[st
             onnx.save(model, ready, save_as_external_data=large, location="ready.data")
         except Exception as e:  # onnx raises its own kinds and ValueError
             raise EdgekdError(f"the quantized graph cannot be prepared: {first_line(e)}", hint="use fp16") from e
-        kept = {k.node: k for k in (*overflowing(ready, calibration), *_small_scales(model))}
+        kept = {k.node: k for k in (*overflowing(ready, calibration), *_small_scales(model), *asked(model, floats))}
         _round_again(model.graph, float_weights(source), fp8=fp8)
         onnx.save(model, ready, save_as_external_data=large, location="ready.data")
         half = convert(ready, kept.values())

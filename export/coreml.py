@@ -28,6 +28,7 @@ from edgekd.export._mil import FIX, Interpreter, Program
 
 from edgekd.errors import EdgekdError, UsageError, first_line, unknown
 from edgekd.protocols import Availability, Check, Component, Facts, Port, package_version
+from edgekd.tuning import PLAIN, Tuning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +45,9 @@ class CoreMLExporter(Facts):
     suffix = ".mlpackage"
     extra: str | None = "coreml"
     schemes: tuple[str, ...] = SCHEMES
+    tunes: Mapping[str, frozenset[Any]] = {"keep": frozenset({"fp32", "fp16"}), "rest": frozenset({"fp16"}), "granularity": frozenset({"tensor"}),
+                                           "symmetric": frozenset({True, False})}
+    """What is not integer is fp16 in any case. A palette is one a tensor, in the format's own way. Activations are symmetric unless told otherwise."""
 
     def availability(self) -> Availability:
         """Whether coremltools is installed with its own library, and whether this is a Mac."""
@@ -61,21 +65,24 @@ class CoreMLExporter(Facts):
             return Availability(True, version=version, reason="Core ML is on Apple's systems only", fix=ON_A_MAC, runs=False)
         return Availability(True, version=version)
 
-    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
+    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8", tuning: Tuning = PLAIN) -> list[Path]:
         """Write the package `path` and what a Mac needs to check it (see `edgekd.protocols.Exporter.export`). Integers are Core ML's own way, whatever
-        `qdq`. Without `calibration` overflows are looked for on the component's example."""
+        `qdq`. Without `calibration` overflows are looked for on the component's example. A layer kept in fp16 has its weights whole, one kept in fp32
+        computes in fp32 too."""
         from edgekd.export import _coreml, _coreml_beside
 
         if scheme not in self.schemes:
             raise unknown("coreml scheme", scheme, self.schemes)
         if scheme.endswith("_static") and calibration is None:
             raise UsageError(f"{scheme} needs calibration images", where=component.name, hint="give a folder of images with --data")
+        if scheme == "fp32" and "fp16" in tuning.keep.values():
+            raise UsageError("layers of an fp32 program cannot be in fp16", where=component.name, hint='write fp16 + {"the other layers": fp32}')
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         samples = calibration if calibration is not None else [{name: t.detach().cpu().numpy() for name, t in component.example.items()}]
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
             made = Path(folder) / path.name
-            _coreml.build(component, made, scheme, samples)
+            _coreml.build(component, made, scheme, samples, tuning)
             beside = _coreml_beside.write(component, Program.read(made), Path(folder), scheme)
             return _place(made, beside, path, Path(folder))
 

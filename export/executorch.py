@@ -3,6 +3,8 @@
     fp32          weights as they are
     w8a8_static   torchao's PT2E with XNNPACK's quantizer: per-channel weights, activations of fixed range (`_executorch_quantize.py`)
     w8_dynamic    8-bit weights of linear layers, activations quantized at run time; a graph without them is refused
+    w8a8_qat      8-bit layers with the ranges that were trained for them, all else in fp32
+    w4a8_qat      the same: 15 levels a weight, in 8 bits. XNNPACK has no kernel for a convolution with weights of 4
 
 Axes are fixed. Files whose prompts vary up to a bound run as well and answer bit for bit the same, but a decoder then falls into forty delegated
 pieces in place of four, since XNNPACK cannot reshape along two such axes, and plans its memory for the longest.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -21,11 +24,13 @@ from typing import TYPE_CHECKING, Any
 from edgekd.export._executorch import FIX, PteExporter, recaptured
 from edgekd.export._executorch_file import NAMES, Contents, read
 from edgekd.export._executorch_graph import rewrite
-from edgekd.export._executorch_quantize import quantize
+from edgekd.export._executorch_quantize import Program, quantize
 from edgekd.export._program import program, quiet
+from edgekd.export.onnx import content_key
 
-from edgekd.errors import EdgekdError, first_line
+from edgekd.errors import EdgekdError, UsageError, first_line
 from edgekd.protocols import Component, Port
+from edgekd.tuning import PLAIN, Tuning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,19 +39,25 @@ if TYPE_CHECKING:
 DTYPES = {0: "uint8", 1: "int8", 2: "int16", 3: "int32", 4: "int64", 5: "float16", 6: "float32", 7: "float64", 11: "bool"}
 """ExecuTorch's numbers of types -> numpy's"""
 
+KEPT_PROGRAMS = 2
+_programs: OrderedDict[str, Program] = OrderedDict()
+
 
 class ExecuTorchExporter(PteExporter):
     """See `edgekd.protocols.Exporter`."""
 
     format = "executorch"
-    schemes: tuple[str, ...] = ("fp32", "w8a8_static", "w8_dynamic")
+    schemes: tuple[str, ...] = ("fp32", "w8a8_static", "w8_dynamic", "w8a8_qat", "w4a8_qat")
+    tunes: Mapping[str, frozenset[Any]] = {"keep": frozenset({"fp32"}), "granularity": frozenset({"tensor"}), "symmetric": frozenset({True, False}),
+                                           "method": frozenset({"mse"}), "naive": frozenset({True})}
     backend, delegate = "xnnpack", "XnnpackBackend"
 
-    def captured(self, component: Component, scheme: str, calibration: Any) -> torch.export.ExportedProgram:
+    def captured(self, component: Component, scheme: str, calibration: Any, tuning: Tuning = PLAIN) -> torch.export.ExportedProgram:
         """Quantized first, and then written as XNNPACK takes it: what stands in for layer norms must not be quantized."""
-        graph = program(component).module(check_guards=False)
-        if scheme != "fp32":
-            graph = quantize(graph, component, calibration if scheme == "w8a8_static" else None)
+        if scheme == "w8_dynamic" and (tuning.symmetric is not None or tuning.method != "minmax"):
+            raise UsageError(f"{scheme} finds activation ranges at run time and takes no option for them", where=component.name, hint="w8a8_static does")
+        made = _program(component)
+        graph = made.graph() if scheme == "fp32" else quantize(made, scheme, calibration, tuning)
         rewrite(graph)
         return recaptured(graph, component)
 
@@ -57,6 +68,17 @@ class ExecuTorchExporter(PteExporter):
     def open(self, path: Path, *, scheme: str, threads: int | None = None) -> ExecuTorchSession:
         """A session on the CPU; `threads` counts for all sessions of the process, of which the runtime has one pool."""
         return ExecuTorchSession(Path(path), threads)
+
+
+def _program(component: Component) -> Program:
+    """The component, captured once while it is exported again and again."""
+    key = content_key(component)
+    if key not in _programs:
+        _programs[key] = Program(component, key, program(component))
+        while len(_programs) > KEPT_PROGRAMS:
+            _programs.popitem(last=False)
+    _programs.move_to_end(key)
+    return _programs[key]
 
 
 class ExecuTorchSession:

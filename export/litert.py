@@ -6,25 +6,30 @@
     w8a16_static     the same with 16-bit activations: near fp32, for NPUs that have them. On CPUs it is 10 to 30 times slower than fp32
     w8_dynamic       8-bit weights, activations quantized at run time
     w8_weight_only   8-bit weights, arithmetic in fp32
+    w8a8_qat         8-bit layers with the ranges that were trained for them, all else in fp32
+    w4a8_qat         the same: 15 levels a weight, in 8 bits. XNNPACK has no kernel for a convolution with weights of 4
 
 Inputs and outputs are float32 in every scheme, under the component's names in the signature `serving_default`. A file that is integer throughout, for
 NPUs, is what `ethos_u.py` compiles. Writing needs torch and the converter; running needs `ai-edge-litert` alone, as on the device.
 """
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.export._child import call
+from edgekd.export._inputs import looked_at
 from edgekd.export._litert_graph import ARITHMETIC, precision, tag
 from edgekd.export.onnx import content_key
 
 from edgekd.errors import EdgekdError, UsageError, first_line, unknown
 from edgekd.protocols import Availability, Component, Facts, Port, package_version
+from edgekd.tuning import PLAIN, Tuning, layer_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,30 +74,53 @@ def float_file(component: Component) -> Path:
     return Path(_files[key].name) / "float.tflite"
 
 
-def write(component: Component, target: Path, scheme: str, calibration: Iterable[Mapping[str, np.ndarray]] | None, *, whole: bool = False) -> None:
-    """Write the component to `target` in a scheme; `whole`: integers wherever an operator has them."""
+def write(component: Component, target: Path, scheme: str, calibration: Iterable[Mapping[str, np.ndarray]] | None, *, whole: bool = False,
+          tuning: Tuning = PLAIN) -> None:
+    """Write the component to `target` in a scheme; `whole`: integers wherever an operator has them.
+
+    Calibration inputs that have a `fingerprint()` are looked at once for each component: what they show is kept beside its fp32 file.
+    """
     source = float_file(component)
     if scheme == "fp32":
         target.write_bytes(source.read_bytes())
         return
-    request: dict[str, Any] = {"source": str(source), "output": str(target), "scheme": scheme, "whole": whole}
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+        request: dict[str, Any] = {"source": str(source), "output": str(target), "scheme": scheme, "whole": whole, "tuning": _told(component, tuning)}
         if scheme.endswith("_static"):
-            request["samples"] = _spread(component, calibration, Path(folder))
+            known = fingerprint() if callable(fingerprint := getattr(calibration, "fingerprint", None)) else None
+            ranges = (source.parent / f"ranges-{hashlib.sha256(known.encode()).hexdigest()}.json") if known else Path(folder) / "ranges.json"
+            request |= {"ranges": str(ranges), "samples": folder}
+            if tuning.naive or not ranges.is_file():
+                _spread(component, calibration, Path(folder))
         _ask(component, "quantize", request, "ai-edge-quantizer")
 
 
-def _spread(component: Component, calibration: Iterable[Mapping[str, np.ndarray]] | None, folder: Path) -> str:
+def _told(component: Component, tuning: Tuning) -> dict[str, Any]:
+    """What the child is told of a tuning, as JSON."""
+    grids = {name: (grid.input, grid.output) for name, grid in tuning.grids.items() if grid.input and grid.output}
+    return {"keep": list(tuning.keep), "granularity": tuning.granularity, "symmetric": tuning.symmetric, "naive": tuning.naive, "grids": grids,
+            "peaks": _peaks(component, grids) if grids else {}}
+
+
+def _peaks(component: Component, layers: Collection[str]) -> dict[str, list[float]]:
+    """Layer -> largest absolute weight of every output channel."""
+    import torch
+
+    found: dict[str, list[float]] = {}
+    for path, module in component.module.named_modules():
+        if layer_name(path) in layers:
+            axis = 1 if isinstance(module, torch.nn.ConvTranspose2d) else 0
+            weight: Any = module.weight
+            found[layer_name(path)] = weight.detach().abs().transpose(0, axis).flatten(1).amax(1).tolist()
+    return found
+
+
+def _spread(component: Component, calibration: Iterable[Mapping[str, np.ndarray]] | None, folder: Path) -> None:
     """Calibration inputs as files, one each."""
     import numpy as np
 
-    count = 0
-    for sample in calibration or ():
-        np.savez(folder / f"{count:06}.npz", **{name: np.ascontiguousarray(sample[name], dtype=np.float32) for name in component.example})
-        count += 1
-    if not count:
-        raise UsageError("the calibration inputs are empty", where=component.name, hint="give a folder of images with --data")
-    return str(folder)
+    for i, sample in enumerate(looked_at(component, calibration)):
+        np.savez(folder / f"{i:06}.npz", **{name: np.ascontiguousarray(sample[name], dtype=np.float32) for name in component.example})
 
 
 def _ask(component: Component, function: str, request: dict[str, Any], what: str) -> None:
@@ -108,8 +136,11 @@ class LitertExporter(Facts):
     format = "litert"
     suffix = ".tflite"
     extra: str | None = "litert"
-    schemes: tuple[str, ...] = ("fp32", "fp16", "w8a8_static", "w8a16_static", "w8_dynamic", "w8_weight_only")
+    schemes: tuple[str, ...] = ("fp32", "fp16", "w8a8_static", "w8a16_static", "w8_dynamic", "w8_weight_only", "w8a8_qat", "w4a8_qat")
     fixed_shapes = True
+    # the quantizer finds ranges by the extremes or by a moving average of them (`naive`), and no other way
+    tunes: Mapping[str, frozenset[Any]] = {"keep": frozenset({"fp32"}), "granularity": frozenset({"tensor"}), "symmetric": frozenset({True, False}),
+                                           "naive": frozenset({True})}
 
     def availability(self) -> Availability:
         """Whether litert-torch and ai-edge-quantizer are installed; `runs`: whether ai-edge-litert is, which needs neither, nor torch."""
@@ -120,16 +151,18 @@ class LitertExporter(Facts):
             return Availability(False, told, f"not installed: {', '.join(missing)}", FIX, runs=version is not None)
         return Availability(True, told)
 
-    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
-        """Write `path` (see `edgekd.protocols.Exporter.export`). The quantizer has one QDQ style: signed, activations asymmetric."""
+    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8", tuning: Tuning = PLAIN) -> list[Path]:
+        """Write `path` (see `edgekd.protocols.Exporter.export`). The quantizer has one QDQ style: signed, activations asymmetric unless asked for."""
         if scheme not in self.schemes:
             raise unknown("litert scheme", scheme, self.schemes)
         if scheme.endswith("_static") and calibration is None:
             raise UsageError(f"{scheme} needs calibration images", where=component.name, hint="give a folder of images with --data")
+        if tuning.symmetric is not None and scheme != "w8a8_static":
+            raise UsageError(f"{scheme} leaves no choice between symmetric and asymmetric activations", where=component.name, hint="w8a8_static does")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-            write(component, Path(folder) / path.name, scheme, calibration)
+            write(component, Path(folder) / path.name, scheme, calibration, tuning=tuning)
             os.replace(Path(folder) / path.name, path)
         return [path]
 

@@ -4,7 +4,9 @@
                    formats of one component capture it once; weights above 2 GB lie beside the graph
     fp16           everything that real inputs show to fit; the rest stays in fp32 and is named (`_half.py`); float32 in and out
     w8a8_static    QDQ, 8-bit activations and per-channel weights, on the operators that carry the arithmetic only
-                   (quantizing softmax and normalisation wrecks attention models)
+                   (quantizing softmax and normalisation wrecks attention models); `naive` takes the library's defaults instead
+    w8a8_qat       the same with trained ranges and weights, exactly as they were trained (`_grids.py`); w4a8_qat has them in bytes,
+                   for onnxruntime has no kernels for 4-bit weights of convolutions
     w8_dynamic     8-bit weights of MatMul and Gemm, activations quantized at run time; a graph without them is refused
 
 Activations follow the target: `u8s8` for x86 (signed activations are slower than fp32 there), `s8s8_symmetric` for
@@ -28,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.export import _foreign
 from edgekd.export._gelu import reorder
-from edgekd.export._half import KEPT, convert, module_of, name_layers, overflowing
+from edgekd.export._half import KEPT, asked, convert, module_of, name_layers, overflowing
 from edgekd.export._int8 import QDQ_STYLES, Source, quantizable, quantize
 
 from edgekd.errors import EdgekdError, UsageError, first_line, unknown
@@ -43,6 +45,9 @@ __all__ = ["OnnxExporter", "OnnxSession", "content_key", "exporter", "float_file
 
 OPSET = 18
 KEPT_GRAPHS = 8
+TUNED = {"fp32": {"keep"}, "fp16": {"keep"}, "w8a8_static": {"keep", "method", "granularity", "symmetric", "naive"}, "w8_dynamic": {"keep", "granularity"},
+         "w8a8_qat": {"keep", "grids", "weight_bits"}, "w4a8_qat": {"keep", "grids", "weight_bits"}}
+"""scheme -> what can be told about how it is done"""
 FLOAT16 = 10  # onnx.TensorProto.FLOAT16, without importing it
 INTEGER_OPS = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm",
                "DynamicQuantizeLSTM", "QAttention"}
@@ -121,7 +126,8 @@ def _capture(component: Component) -> tempfile.TemporaryDirectory[str]:
                 component.module, tuple(component.example.values()), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
                 input_names=list(component.example), output_names=list(component.outputs), dynamic_shapes=shapes if component.dynamic else None)
             assert program is not None  # dynamo=True without a file always returns the program
-            modules = {n.name or "": module_of(n.metadata_props.get("pkg.torch.onnx.name_scopes", "")) for n in program.model.graph}
+            modules = {key: module_of(n.metadata_props.get("pkg.torch.onnx.name_scopes", "")) for n in program.model.graph
+                       for key in (n.name or "", *(str(o.name) for o in n.outputs))}  # an operator that joins others is named after what one of them wrote
             _slim(program, file, large=is_large(component))
         skeleton = onnx.load(file, load_external_data=False)
         reorder(skeleton.graph)
@@ -183,8 +189,10 @@ class OnnxExporter(Facts):
     format = "onnx"
     suffix = ".onnx"
     extra: str | None = None
-    schemes: tuple[str, ...] = ("fp32", "fp16", "w8a8_static", "w8_dynamic")
-    tunes: Mapping[str, frozenset[Any]] = {"keep": frozenset({"fp32"})}
+    schemes: tuple[str, ...] = tuple(TUNED)
+    tunes: Mapping[str, frozenset[Any]] = {
+        "keep": frozenset({"fp32"}), "method": frozenset({"percentile", "entropy", "mse"}), "granularity": frozenset({"tensor"}),
+        "symmetric": frozenset({True, False}), "naive": frozenset({True})}
 
     def availability(self) -> Availability:
         """Whether onnx, onnxruntime, onnxscript and onnxslim are installed."""
@@ -198,7 +206,7 @@ class OnnxExporter(Facts):
 
         `fp16` takes `calibration` too: the inputs that are searched for what overflows.
         """
-        self._check(component.name, scheme, calibration, qdq)
+        self._check(component.name, scheme, calibration, qdq, tuning)
         return _place(Source(float_file(component), component.name, is_large(component)), Path(path), scheme, calibration, qdq, tuning)
 
     def rewrite(self, source: Path, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
@@ -212,13 +220,17 @@ class OnnxExporter(Facts):
         """The graph and the files its weights lie in."""
         return _foreign.files_of(path)
 
-    def _check(self, where: str, scheme: str, calibration: Any, qdq: str) -> None:
+    def _check(self, where: str, scheme: str, calibration: Any, qdq: str, tuning: Tuning = PLAIN) -> None:
         if scheme not in self.schemes:
             raise unknown("onnx scheme", scheme, self.schemes)
         if qdq not in QDQ_STYLES:
             raise unknown("QDQ style", qdq, QDQ_STYLES)
         if scheme in ("w8a8_static", "fp16") and calibration is None:
             raise UsageError(f"{scheme} needs calibration images", where=where, hint="give a folder of images with --data")
+        if other := sorted(set(tuning.changed()) - TUNED[scheme]):
+            raise UsageError(f"{scheme} takes no {other[0]}", where=where, hint=f"it takes {', '.join(sorted(TUNED[scheme] - {'grids', 'weight_bits'}))}")
+        if scheme.endswith("_qat") and not tuning.grids:
+            raise UsageError(f"no ranges were trained for the {where}, and {scheme} writes no others", where=where, hint="w8a8_static finds them by calibration")
 
     def open(self, path: Path, *, scheme: str, threads: int | None = None) -> OnnxSession:
         """A session on the CPU with `threads` threads (None: onnxruntime's own choice)."""
@@ -316,7 +328,8 @@ def _export(source: Source, target: Path, scheme: str, calibration: Any, qdq: st
     if scheme == "fp32":
         return _write(onnx.load(source.file), target, large=True)
     if scheme == "fp16":
-        half = convert(source.file, overflowing(source.file, calibration))
+        graph = onnx.load(source.file, load_external_data=False)
+        half = convert(source.file, [*overflowing(source.file, calibration), *asked(graph, tuning.keep)])
         return _write(half, target, large=sum(len(t.raw_data) for t in half.graph.initializer) > LARGE)
     with _quiet():
         quantize(source, target, scheme=scheme, calibration=calibration, qdq=qdq, tuning=tuning)

@@ -4,16 +4,18 @@
     bf16          the same file, executed in bf16; refused where the CPU has no such arithmetic
     fp16          weights in 16 bits, executed in f16 where the CPU has such arithmetic and in f32 elsewhere; layers that real inputs
                   show to overflow (`_half.py`) keep fp32 in both
-    w8a8_static   NNCF post-training quantization, everything else in f32
+    w8a8_static   NNCF post-training quantization (`_openvino_quantize.py`)
+    w8a8_qat      trained ranges and weights (`_openvino_trained.py`); w4a8_qat stores its 15 levels in 8 bits: the CPU has no 4-bit kernels
+                  with 8-bit activations
+
+Next to integers everything is computed in f32, or, with `rest: bf16`, in bf16, which the file itself says. Layers that are kept in the other of
+the two are marked in it, and it is checked that OpenVINO executes them so.
 
 What was really executed is read back from the compiled model, layer by layer.
 """
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import os
 import tempfile
 from collections import Counter
@@ -23,20 +25,24 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.export import _foreign
 from edgekd.export._half import KEPT, Kept, by_layer, overflowing
+from edgekd.export._openvino_layers import FIX, in_float_types, marked, openvino, read, said
+from edgekd.export._openvino_quantize import Job, quantize
+from edgekd.export._openvino_trained import with_grids
 from edgekd.export.onnx import float_file
 
-from edgekd.errors import EdgekdError, UsageError, first_line, unknown
+from edgekd.errors import EdgekdError, UsageError, unknown
 from edgekd.protocols import Availability, Component, Facts, Port, package_version
+from edgekd.tuning import PLAIN, Tuning
 
 if TYPE_CHECKING:
     import numpy as np
 
-HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "w8a8_static": "f32"}
+INTEGER = ("w8a8_static", "w8a8_qat", "w4a8_qat")
+HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", **dict.fromkeys(INTEGER, "f32")}
 PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
 ARITHMETIC = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deconvolution", "ScaledDotProductAttention"}
-PRECISE = "precise_0"
-"""OpenVINO's mark of what 16-bit execution and compression leave alone"""
-FIX = 'pip install "edgekd[openvino]"'
+HINT = "edgekd.hint"
+"""rt_info key of a file of integers: what executes the rest, where it is not f32"""
 
 
 class OpenVinoExporter(Facts):
@@ -46,6 +52,10 @@ class OpenVinoExporter(Facts):
     suffix = ".xml"
     extra: str | None = "openvino"
     schemes: tuple[str, ...] = tuple(HINTS)
+    tunes: Mapping[str, frozenset[Any]] = {
+        "keep": frozenset({"fp32", "bf16"}), "rest": frozenset({"bf16"}), "method": frozenset({"percentile", "mse"}), "granularity": frozenset({"tensor"}),
+        "symmetric": frozenset({True, False}), "equalized": frozenset({True}), "corrected": frozenset({True, False}), "naive": frozenset({True}),
+        "grids": frozenset({True})}
 
     def availability(self) -> Availability:
         """Whether openvino and nncf are installed."""
@@ -54,31 +64,36 @@ class OpenVinoExporter(Facts):
             return Availability(False, reason=f"not installed: {', '.join(missing)}", fix=FIX, runs="openvino" not in missing)
         return Availability(True, version=f"openvino {package_version('openvino')}")
 
-    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
+    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8", tuning: Tuning = PLAIN) -> list[Path]:
         """Write `path` and the `.bin` beside it (see `edgekd.protocols.Exporter.export`). OpenVINO picks its own QDQ style."""
-        self._check(component.name, scheme, calibration)
-        return _write(float_file(component), Path(path), component.name, scheme, calibration, varying=False)
+        self._check(component.name, scheme, calibration, tuning)
+        fixed = bool(component.lengths) and not component.dynamic
+        return _write(Job(float_file(component), component.name, calibration, tuning, fixed=fixed), Path(path), scheme)
 
     def rewrite(self, source: Path, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
         """Write anybody's float ONNX file in another precision at `path`; `source` is only read. Unlike in our decoders, activations whose length
         varies are quantized too. Raises as `export` does."""
-        self._check(source.name, scheme, calibration)
+        self._check(source.name, scheme, calibration, PLAIN)
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-            return _write(_foreign.ready(source, Path(folder)), Path(path), source.name, scheme, calibration, varying=True)
+            return _write(Job(_foreign.ready(source, Path(folder)), source.name, calibration, varying=True), Path(path), scheme)
 
-    def _check(self, where: str, scheme: str, calibration: Any) -> None:
+    def _check(self, where: str, scheme: str, calibration: Any, tuning: Tuning) -> None:
         if scheme not in self.schemes:
             raise unknown("openvino scheme", scheme, self.schemes)
         if scheme in ("w8a8_static", "fp16") and calibration is None:
             raise UsageError(f"{scheme} needs calibration images", where=where, hint="give a folder of images with --data")
-        _openvino()
-        if scheme == "bf16":
+        if scheme.endswith("_qat") and not tuning.grids:
+            raise UsageError(f"{scheme} needs trained ranges", where=where, hint="distil the checkpoint with a quantization-aware recipe first")
+        openvino()
+        if scheme == "bf16" or _hint(tuning) == "bf16":
             _require_bf16()
 
     def open(self, path: Path, *, scheme: str, threads: int | None = None) -> OpenVinoSession:
         """A session on the CPU with `threads` threads (None: OpenVINO's own choice)."""
         if scheme == "bf16":
             _require_bf16()
+        if scheme in INTEGER:
+            return OpenVinoSession(Path(path), _hint_of(Path(path)), threads)
         hint = HINTS[scheme] if scheme != "fp16" or "FP16" in _capabilities() else "f32"  # elsewhere f16 would become bf16, which is not what was asked
         return OpenVinoSession(Path(path), hint, threads)
 
@@ -87,17 +102,28 @@ class OpenVinoSession:
     """An IR file compiled for the CPU with its precision fixed."""
 
     def __init__(self, path: Path, hint: str, threads: int | None = None) -> None:
-        ov = _openvino()
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
         if threads:
             config["INFERENCE_NUM_THREADS"] = threads
         try:
-            self._compiled = ov.Core().compile_model(str(path), "CPU", config)
+            compiled = openvino().Core().compile_model(str(path), "CPU", config)
         except RuntimeError as e:
-            raise EdgekdError(f"OpenVINO cannot open the file: {_said(e)}", where=path, hint="export the model again") from e
-        self._path, self._request = path, self._compiled.create_infer_request()
-        self._inputs = [i.any_name for i in self._compiled.inputs]
-        self._outputs = [o.any_name for o in self._compiled.outputs]
+            raise EdgekdError(f"OpenVINO cannot open the file: {said(e)}", where=path, hint="export the model again") from e
+        self._path: Path | None = path
+        self._take(compiled)
+
+    @classmethod
+    def of(cls, compiled: Any) -> OpenVinoSession:
+        """A session on what is compiled already."""
+        session = cls.__new__(cls)
+        session._path = None
+        session._take(compiled)
+        return session
+
+    def _take(self, compiled: Any) -> None:
+        self._compiled, self._request = compiled, compiled.create_infer_request()
+        self._inputs = [i.any_name for i in compiled.inputs]
+        self._outputs = [o.any_name for o in compiled.outputs]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs are copies: the runtime reuses its own buffers in the next call."""
@@ -126,7 +152,9 @@ class OpenVinoSession:
     @property
     def kept_fp32(self) -> dict[str, str]:
         """Layers of an fp16 file that stay in fp32 -> why, as written into it."""
-        model = _openvino().Core().read_model(str(self._path))
+        if self._path is None:
+            return {}
+        model = openvino().Core().read_model(str(self._path))
         return dict(json.loads(model.get_rt_info([KEPT]).astype(str))) if model.has_rt_info([KEPT]) else {}
 
     def _layers(self) -> Iterator[tuple[str, str]]:
@@ -140,78 +168,53 @@ class OpenVinoSession:
                 yield kind, precision
 
 
-def _write(source: Path, path: Path, where: str, scheme: str, calibration: Any, *, varying: bool) -> list[Path]:
+def _write(job: Job, path: Path, scheme: str) -> list[Path]:
     """Write one scheme of a float ONNX graph at `path` (half the time of reading the torch program)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-        try:
-            model = _openvino().Core().read_model(str(source))
-        except RuntimeError as e:
-            raise EdgekdError(f"OpenVINO cannot read the component: {_said(e)}", where=where) from e
-        if scheme == "w8a8_static":
-            model = _quantize(model, where, calibration, varying=varying)
+        if scheme in INTEGER:
+            model, layers = quantize(job) if scheme == "w8a8_static" else with_grids(job.source, job.where, job.tuning)
+            kept = {name: kind for layer, kind in job.tuning.keep.items() for name in layers.get(layer, ())}
+            model = in_float_types(model, kept, job.tuning.rest, Path(folder))
+            if (hint := _hint(job.tuning)) != "f32":
+                model.set_rt_info(hint, [HINT])
+        else:
+            model = read(job.source, job.where)
         if scheme == "fp16":
-            model = _keep(model, overflowing(source, calibration), Path(folder))
-        return _save(model, path, Path(folder), half=scheme == "fp16")
-
-
-def _said(error: RuntimeError) -> str:
-    """The first line that says something: those before it are places in OpenVINO's source."""
-    told = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from ")]
-    return first_line(RuntimeError(told[0])) if told else first_line(error)
+            model = _keep(model, overflowing(job.source, job.calibration), Path(folder))
+        return save(model, path, Path(folder), half=scheme == "fp16")
 
 
 def _keep(model: Any, kept: list[Kept], folder: Path) -> Any:
-    """The model with the operators of `kept` ONNX nodes marked: neither their weights nor their execution becomes 16-bit.
-
-    A mark set from Python is text; read back from a file it is the attribute that OpenVINO's own passes look for.
-    """
+    """The model with the operators of `kept` ONNX nodes marked: neither their weights nor their execution becomes 16-bit."""
     names = {k.node for k in kept}
-    for op in model.get_ordered_ops():
-        if op.get_friendly_name().split("/")[0] in names:
-            for marked in (op, *(i.get_source_output().get_node() for i in op.inputs())):
-                if marked is op or marked.get_type_name() == "Constant":
-                    marked.get_rt_info()[PRECISE] = ""
+    ops = [op for op in model.get_ordered_ops() if op.get_friendly_name().split("/")[0] in names]
     if kept:
         model.set_rt_info(json.dumps(by_layer(kept)), [KEPT])
-    marked_file = folder / "marked.xml"
-    _openvino().save_model(model, str(marked_file), compress_to_fp16=False)
-    return _openvino().Core().read_model(str(marked_file))
+    return marked(model, ops, folder)
 
 
-def _quantize(model: Any, where: str, calibration: Any, *, varying: bool) -> Any:
-    """`varying`: activations whose length varies are quantized too."""
-    with _quiet():
-        import nncf
-
-        kinds = {op.get_type_name() for op in model.get_ordered_ops()}
-        kept = [op.get_friendly_name() for op in model.get_ordered_ops() if op.get_type_name() in ("MatMul", "Convolution") and _varies(op)]
-        samples = list_length(calibration)
-        try:
-            return nncf.quantize(
-                model, nncf.Dataset(calibration), subset_size=samples, fast_bias_correction=True,
-                preset=nncf.QuantizationPreset.MIXED, target_device=nncf.TargetDevice.CPU,
-                model_type=nncf.ModelType.TRANSFORMER if "Softmax" in kinds else None,
-                ignored_scope=nncf.IgnoredScope(names=kept) if kept and not varying else None)
-        except Exception as e:  # nncf raises its own kinds and openvino's RuntimeError
-            raise EdgekdError(f"NNCF cannot quantize the component: {first_line(e)}", where=where, hint="use fp32 or bf16") from e
+def _hint(tuning: Tuning) -> str:
+    """What executes everything that is not integer."""
+    return "bf16" if "bf16" in (tuning.rest, *tuning.keep.values()) else "f32"
 
 
-def _varies(op: Any) -> bool:
-    """Whether the length of the activation varies beyond its batch axis: prompt tokens, which break at 8 bits and cost nothing."""
-    shape = op.input(0).get_partial_shape()
-    return shape.rank.is_static and any(shape[i].is_dynamic for i in range(1, len(shape)))
+def _hint_of(path: Path) -> str:
+    """The same of a written file. Raises EdgekdError when this CPU cannot execute it so."""
+    try:
+        model = openvino().Core().read_model(str(path))
+    except RuntimeError as e:
+        raise EdgekdError(f"OpenVINO cannot open the file: {said(e)}", where=path, hint="export the model again") from e
+    hint = str(model.get_rt_info([HINT]).astype(str)) if model.has_rt_info([HINT]) else "f32"
+    if hint == "bf16":
+        _require_bf16()
+    return hint
 
 
-def list_length(calibration: Any) -> int:
-    """How many samples a re-iterable holds, counted without keeping them."""
-    return max(1, len(calibration) if hasattr(calibration, "__len__") else sum(1 for _ in calibration))
-
-
-def _save(model: Any, path: Path, folder: Path, *, half: bool = False) -> list[Path]:
+def save(model: Any, path: Path, folder: Path, *, half: bool = False) -> list[Path]:
     """Both files appear under their names only when whole; the `.xml`, which makes it a model, last."""
     temp = folder / path.name
-    _openvino().save_model(model, str(temp), compress_to_fp16=half)
+    openvino().save_model(model, str(temp), compress_to_fp16=half)
     written = []
     for file in (temp.with_suffix(".bin"), temp):
         os.replace(file, path.with_name(file.name))
@@ -219,36 +222,14 @@ def _save(model: Any, path: Path, folder: Path, *, half: bool = False) -> list[P
     return written[::-1]
 
 
-def _openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as e:
-        raise EdgekdError("openvino is not installed", hint=FIX) from e
-    return openvino
-
-
 def _capabilities() -> list[str]:
-    return list(_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return list(openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def _require_bf16() -> None:
     capabilities = _capabilities()
     if "BF16" not in capabilities:
         raise EdgekdError(f"this CPU has no bf16 arithmetic for OpenVINO (it offers {', '.join(capabilities)})", hint="use fp32 or w8a8_static")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence NNCF: its advice, its progress bars (they go to stdout, which is ours for data) and its telemetry. Failures still raise."""
-    os.environ.setdefault("NNCF_CI", "1")  # read when nncf is imported: no telemetry
-    logger = logging.getLogger("nncf")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(before)
 
 
 exporter = OpenVinoExporter()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.export._child import call
-from edgekd.export._half import convert, overflowing
+from edgekd.export._half import asked, convert, overflowing
 from edgekd.export._tensorrt_graph import HINT, Inside, inside, refuse_unsound, unsupported
 from edgekd.export._tensorrt_mixed import convert_quantized
 from edgekd.export._trtexec import build_spec, joined, script
@@ -31,6 +31,7 @@ from edgekd.export.onnx import LARGE, OnnxExporter, OnnxSession, _write, float_f
 
 from edgekd.errors import EdgekdError, UsageError, unknown
 from edgekd.protocols import Availability, Check, Component, Facts, package_version
+from edgekd.tuning import PLAIN, Tuning
 from edgekd.workspace import write_json
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ class TensorRtExporter(Facts):
     suffix = ".onnx"
     extra: str | None = "tensorrt"
     schemes: tuple[str, ...] = SCHEMES
+    tunes: Mapping[str, frozenset[Any]] = {
+        "keep": frozenset({"fp16", "fp32"}), "method": frozenset({"percentile", "entropy", "mse"}), "granularity": frozenset({"tensor"}),
+        "symmetric": frozenset({True})}
 
     def availability(self) -> Availability:
         """Files are ONNX and can be written wherever onnxruntime is; they run where TensorRT and a GPU are."""
@@ -69,19 +73,24 @@ class TensorRtExporter(Facts):
         return Availability(True, version=rtx or f"{written.version}, no {RTX}", runs=False, fix=fix,
                             reason=f"engines are built and run on the device, and here is {missing}")
 
-    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = QDQ) -> list[Path]:
+    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = QDQ, tuning: Tuning = PLAIN) -> list[Path]:
         """Write `path`, and beside it `.build.json`, `.build_engine.sh` and, above 2 GB, `.onnx.data` (see `edgekd.protocols.Exporter.export`).
 
-        `qdq` is always `s8s8_symmetric`: TensorRT takes no other. All but `fp32` take `calibration`, `fp16` to see what overflows.
+        `qdq` is always `s8s8_symmetric`: TensorRT takes no other. All but `fp32` take `calibration`, `fp16` to see what overflows. A layer kept in fp16
+        is what everything that is not in eight bits is; one kept in fp32 is typed so.
         """
         if scheme not in self.schemes:
             raise unknown("tensorrt scheme", scheme, self.schemes)
         if scheme != "fp32" and calibration is None:
             raise UsageError(f"{scheme} needs calibration images", where=component.name, hint="give a folder of images with --data")
+        if not scheme.endswith("_static") and (other := sorted(set(tuning.changed()) - {"keep"})):
+            raise UsageError(f"{scheme} takes no {other[0]}", where=component.name, hint="it takes layers in fp32")
+        if scheme == "fp32" and "fp16" in tuning.keep.values():
+            raise UsageError("fp32 has no layers in fp16", where=component.name, hint="the other way round: fp16 with layers in fp32")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-            files = _write_scheme(component, Path(folder) / path.name, scheme, calibration)
+            files = _write_scheme(component, Path(folder) / path.name, scheme, calibration, tuning)
             files += _beside(component, files[0], scheme)
             for file in files[::-1]:  # the graph, which makes it a model, last
                 os.replace(file, path.with_name(file.name))
@@ -169,17 +178,20 @@ def read_spec(path: Path) -> dict[str, Any]:
         raise EdgekdError(f"the description of how its engine is built cannot be read: {e}", where=file, hint="export the model again") from e
 
 
-def _write_scheme(component: Component, target: Path, scheme: str, calibration: Any) -> list[Path]:
+def _write_scheme(component: Component, target: Path, scheme: str, calibration: Any, tuning: Tuning) -> list[Path]:
     """The ONNX file of one scheme, and the file of its weights when they do not fit into one."""
+    import onnx
+
     if scheme == "fp32":
         return OnnxExporter().export(component, target, scheme=scheme)
-    source = float_file(component)
+    source, floats = float_file(component), [layer for layer, kind in tuning.keep.items() if kind == "fp32"]
     if scheme == "fp16":
-        made = convert(source, overflowing(source, calibration))
+        made = convert(source, [*overflowing(source, calibration), *asked(onnx.load(source, load_external_data=False), floats)])
     else:
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-            quantized = OnnxExporter().export(component, Path(folder) / "int8.onnx", scheme="w8a8_static", calibration=calibration, qdq=QDQ)[0]
-            made = convert_quantized(quantized, source, calibration, fp8=scheme == "fp8_static")
+            quantized = OnnxExporter().export(component, Path(folder) / "int8.onnx", scheme="w8a8_static", calibration=calibration, qdq=QDQ,
+                                              tuning=tuning)[0]
+            made = convert_quantized(quantized, source, calibration, fp8=scheme == "fp8_static", floats=floats)
     return _write(made, target, large=sum(len(t.raw_data) for t in made.graph.initializer) > LARGE)
 
 

@@ -1,16 +1,27 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from tiny import tiny_sam
 
+from edgekd.data.folder import Folder
 from edgekd.data.images import preprocess
-from edgekd.errors import UsageError
+from edgekd.errors import EdgekdError, UsageError
+from edgekd.models.embedded_decoder import embedded_component
+from edgekd.models.official_decoder import official_component
+from edgekd.models.proposer import BoxProposer
+from edgekd.models.sam import components
 from edgekd.probes import COUNTS, KINDS, pictures, probe
 from edgekd.protocols import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, Preprocess, Sample
-from edgekd.quantization.calibration import DecoderCalibration, EncoderCalibration
+from edgekd.quantization import choosing
+from edgekd.quantization.calibration import DecoderCalibration, EncoderCalibration, ProposerCalibration, calibrate, refuse_blank
+from edgekd.quantization.choosing import k_centres, representative
+from edgekd.runtime import Refitted
+from edgekd.tasks.promptable.parity import Reference
 
 
 class Photos:
@@ -112,3 +123,137 @@ def test_pictures_look_like_normalised_photos():
     assert images.shape == (3, 3, 64, 64) and images.dtype == np.float32
     assert 0.3 < images.std() < 3 and np.abs(images).max() < 4
     assert not np.array_equal(images[0], images[1])
+
+
+def test_k_centres_are_far_from_each_other_and_cover_the_rest():
+    """A crowd around (0, 0) and three points far off: the first is the middle, then the far ones, whatever the crowd's size."""
+    crowd = np.random.default_rng(0).normal(0, 0.01, (40, 2))
+    vectors = np.concatenate([crowd[:20], [[5, 0]], crowd[20:], [[0, 7], [-4, -4]]])
+    taken = k_centres(vectors, 4)
+    assert taken[1:] == [41, 42, 20] and np.linalg.norm(vectors[taken[0]]) < 0.05
+    gap = np.linalg.norm(vectors[:, None] - vectors[taken], axis=-1).min(axis=1)
+    assert gap.max() < 0.1 and k_centres(vectors, 4) == taken
+
+
+def test_of_photos_that_are_all_the_same_each_is_taken_once():
+    assert k_centres(np.ones((5, 3)), 3) == [0, 1, 2] and k_centres(np.ones((2, 3)), 9) == [0, 1]
+
+
+class Coloured(Photos):
+    """Noise of one seed for all photos but those in `other`, whose seed is their own; those in `flat` are of one colour."""
+
+    def __init__(self, count: int, other: Sequence[int] = (), flat: Sequence[int] = ()) -> None:
+        super().__init__(count)
+        self.other, self.flat = other, flat
+
+    def __getitem__(self, index: int) -> Sample:
+        self.asked.append(index)
+        if index in self.flat:
+            return Sample(str(index), np.full((40, 80, 3), index, np.uint8))
+        seed = index if index in self.other else 10**6
+        return Sample(str(index), (np.random.default_rng(seed).integers(0, 256, (40, 80, 3)) // (1 + seed % 3)).astype(np.uint8))
+
+    def fingerprint(self) -> str:
+        return f"{self.count} {self.other} {self.flat}"
+
+
+def test_of_photos_that_are_alike_few_are_taken():
+    photos, model = Coloured(30, other=(3, 11, 28)), tiny_sam()
+    chosen = representative(model, photos, 4)
+    assert {3, 11, 28} < set(chosen) and chosen == sorted(chosen)
+    asked = len(photos.asked)
+    assert representative(model, photos, 4) == chosen and len(photos.asked) == asked == 30, "looked at once"
+    assert representative(tiny_sam(1), photos, 4) and len(photos.asked) == 60, "another model looks for itself"
+
+
+def test_where_there_are_no_more_than_wanted_all_are_taken_without_a_look():
+    photos = Coloured(5)
+    assert representative(tiny_sam(), photos, 5) == representative(tiny_sam(), photos, 9) == [0, 1, 2, 3, 4] and not photos.asked
+
+
+def test_of_a_large_folder_some_are_looked_at(monkeypatch):
+    monkeypatch.setattr(choosing, "CANDIDATES", 10)
+    photos = Coloured(1000)
+    assert len(set(representative(tiny_sam(), photos, 3))) == 3 and photos.asked == list(range(0, 1000, 100))
+
+
+def test_photos_of_one_colour_are_passed_over():
+    photos = Coloured(12, other=(1, 2), flat=(0, 5, 7))
+    assert not set(representative(tiny_sam(), photos, 4)) & {0, 5, 7}
+    assert representative(tiny_sam(), Coloured(4, flat=(0, 1, 2)), 3) == [3]
+
+
+def test_photos_of_one_colour_alone_are_refused_before_anything_else():
+    for photos in (Coloured(3, flat=range(3)), Coloured(60, flat=range(60))):
+        with pytest.raises(UsageError, match="of one colour") as e:
+            calibrate(tiny_sam(), photos, limit=8)
+        assert e.value.hint and e.value.where == "photos"
+    good = Coloured(60, other=(7,), flat=(0, 1))
+    refuse_blank(good)
+    assert good.asked == [0, 1, 2], "up to the first that will do"
+    with pytest.raises(UsageError, match="holds none"):
+        calibrate(tiny_sam(), Coloured(0))
+
+
+def test_no_photo_can_be_read(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no photo")
+    with pytest.raises(UsageError, match="can be read"):
+        calibrate(tiny_sam(), Folder(tmp_path))
+
+
+def test_a_limit_of_nothing_is_refused():
+    with pytest.raises(UsageError, match="limit is 0"):
+        EncoderCalibration(Photos(3), SPEC, limit=0)
+
+
+def test_a_photo_or_embedding_that_is_not_finite_is_named():
+    with pytest.raises(EdgekdError, match="photo '0' holds NaN"):
+        list(EncoderCalibration(Photos(2), Preprocess(64, std=(58.0, 0.0, 57.0))))
+    broken = tiny_sam()
+    with torch.no_grad():
+        broken.encoder.neck.weight[0, 0] = float("nan")
+    for calibration in (DecoderCalibration, ProposerCalibration):
+        with pytest.raises(EdgekdError, match="embedding of the photo '0'"):
+            list(calibration(EncoderCalibration(Photos(2), SPEC), broken))
+    with pytest.raises(EdgekdError, match="embedding of the photo"):
+        representative(broken, Coloured(9), 2)
+
+
+def test_every_component_gets_inputs():
+    model, photos = tiny_sam(), Coloured(6, other=range(6))
+    assert list(calibrate(model, photos, limit=3)) == ["encoder", "decoder"]
+    model.proposer = BoxProposer(model.embed_dim, width=16, depth=1).eval()
+    found = calibrate(model, photos, limit=3)
+    assert list(found) == ["encoder", "decoder", "proposer"] == list(components(model))
+    for name, samples in found.items():
+        first = next(iter(samples))
+        wanted = components(model)[name].example
+        assert set(first) == set(wanted) and first["images" if name == "encoder" else "image_embeddings"].shape[1:] == next(iter(wanted.values())).shape[1:]
+    assert len(list(found["proposer"])) == len(found["proposer"]) == 3
+    even = calibrate(model, photos, limit=3, choose=False)
+    assert even["encoder"].indices == [0, 2, 4]
+
+
+def test_fingerprints_change_with_what_is_yielded():
+    photos, model = Coloured(6), tiny_sam()
+    first = EncoderCalibration(photos, SPEC, limit=3)
+    same, fewer = EncoderCalibration(Coloured(6), SPEC, limit=3), EncoderCalibration(photos, SPEC, indices=[0, 2])
+    assert first.fingerprint() == same.fingerprint() != fewer.fingerprint()
+    others = (EncoderCalibration(Coloured(7), SPEC, indices=first.indices), EncoderCalibration(photos, Preprocess(64, fit="stretch"), limit=3))
+    assert len({first.fingerprint(), *(o.fingerprint() for o in others)}) == 3
+    decoder = DecoderCalibration(first, model)
+    assert decoder.fingerprint() == DecoderCalibration(same, tiny_sam()).fingerprint()
+    changed = [DecoderCalibration(fewer, model), DecoderCalibration(first, tiny_sam(1)), DecoderCalibration(first, model, prompts=2),
+               DecoderCalibration(first, model, seed=1), ProposerCalibration(first, model)]
+    assert len({decoder.fingerprint(), *(c.fingerprint() for c in changed)}) == 6
+
+
+def test_what_wraps_calibration_inputs_has_a_fingerprint_of_its_own():
+    model = tiny_sam()
+    inner = DecoderCalibration(EncoderCalibration(Coloured(6), SPEC, limit=2), model)
+    fixed = Refitted(inner, [], {"prompts": 1})
+    reference = Reference(model, pictures(1, 64, np.random.default_rng(0)))
+    wrapped = [reference.adapt(part, inner) for part in (official_component(model), embedded_component(model))]
+    assert len({s.fingerprint() for s in (inner, fixed, Refitted(inner, [], {"prompts": 2}), *wrapped)}) == 5
+    assert Refitted([], [], {}).fingerprint() is None and all(reference.adapt(part, []).fingerprint() is None for part in
+                                                              (official_component(model), embedded_component(model)))

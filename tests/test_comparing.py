@@ -12,7 +12,7 @@ from edgekd.errors import UsageError
     (0.3, 0.6, 0.001, "accepted", "0.60 of fp32's time"),
     (0.3, 1.04, 0.0, "rejected", "not faster than fp32"),
     (0.3, 1.4, 0.0, "rejected", "not faster than fp32"),
-    (0.3, 0.5, 0.05, "rejected", "loses 0.050"),
+    (0.3, 0.5, 0.05, "rejected", "loses 5.00 points"),
     (0.3, 1.4, 0.05, "rejected", "loses"),
     (0.3, None, 0.0, "unverified", "cannot be measured"),
     (0.3, None, 0.5, "rejected", "loses"),

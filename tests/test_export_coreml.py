@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from edgekd.export import _coreml, _coreml_selfcheck, _mil
+from edgekd.export import _coreml, _coreml_check, _coreml_selfcheck, _mil
 from edgekd.export import coreml as export_coreml
 from edgekd.export.coreml import exporter
 from PIL import Image
@@ -23,9 +23,11 @@ from torch import nn
 from edgekd.artifact import PreprocessSpec
 from edgekd.errors import CannotTake, EdgekdError, UsageError
 from edgekd.models.fold import fold
+from edgekd.models.rounding import layers
 from edgekd.models.sam import Sam, components
 from edgekd.protocols import Component
 from edgekd.tasks.promptable.predict import predict
+from edgekd.tuning import Tuning
 
 if importlib.util.find_spec("coremltools") is None:
     pytest.skip('coremltools is not installed: pip install "edgekd[coreml]"', allow_module_level=True)
@@ -445,6 +447,73 @@ def test_integer_arithmetic_is_what_it_should_be(tmp_path):
     want = (np.clip(np.round(x / scale), -128, 127) * scale) @ (whole * scales).T + bias
     found = session.run({"x": x})["y"]
     assert distance(found, want) < 1e-3 < 2e-3 < distance(found, x @ weight.T + bias)
+
+
+@pytest.mark.parametrize("scheme", ["w8_weight_only", "w4_weight_only", "w8a8_static"])
+def test_layers_are_kept_as_they_are_asked_to_be(model, tmp_path, scheme):
+    """One with its weights whole in fp16, one in fp32; of the four of the encoder that are large enough two are left."""
+    part, path = components(model)["encoder"], tmp_path / "encoder.mlpackage"
+    exporter.export(part, path, scheme=scheme, calibration=samples(part), tuning=Tuning(keep={"stem.2": "fp16", "neck": "fp32"}))
+    session, check = interpreted(path), exporter.check(part, path, scheme=scheme)
+    assert check.details["compressed"] == {"constexpr_affine_dequantize" if "w8" in scheme else "constexpr_lut_to_dense": 2}
+    weights = {name: float(np.abs(held.numpy() - part.module.state_dict()[name].numpy()).max()) for value, held in _coreml_check._decompressed(path)
+               for name in (f"{layer}.weight" for layer in ("stem.0", "stem.2", "stem.4", "stem.6", "neck")) if value == f"p_{name.replace('.', '_')}"}
+    assert weights["neck.weight"] == 0 < weights["stem.2.weight"] < 2e-4 < min(weights["stem.4.weight"], weights["stem.6.weight"])
+    assert session.kept_fp32 == {"neck": "asked for"} and session.executed_ops["conv:fp32"] == 1
+    assert session.executed_ops.get("conv:i8", 0) == (2 if scheme == "w8a8_static" else 0)
+    inputs = samples(part)[0]
+    assert distance(session.run(inputs)["image_embeddings"], expected(part, inputs)[0]) < 0.2
+
+
+def test_fp16_keeps_what_it_is_asked_to(model, tmp_path):
+    part = components(model)["encoder"]
+    exporter.export(part, tmp_path / "e.mlpackage", scheme="fp16", tuning=Tuning(keep={"stem.0": "fp32"}))
+    session = interpreted(tmp_path / "e.mlpackage")
+    assert session.kept_fp32 == {"stem.0": "asked for"} and session.executed_precision == "fp16+fp32"
+    with pytest.raises(UsageError, match="fp32 program"):
+        exporter.export(part, tmp_path / "f.mlpackage", scheme="fp32", tuning=Tuning(keep={"stem.0": "fp16"}))
+
+
+def test_every_layer_has_an_operation_of_its_own_or_is_refused(model, tmp_path):
+    """Layers are found by the names of their weights: one that the conversion joins with others is told, not silently compressed."""
+    for part in components(model).values():
+        program = _coreml._read(_coreml._convert(_mil.coremltools(), part, _mil.coremltools().precision.FLOAT32), tmp_path / "x.mlpackage")
+        refused = []
+        for layer in layers(part.module):
+            try:
+                assert _coreml._given_by(program, part, Tuning(keep={layer: "fp16"}), "fp16")
+            except UsageError as e:
+                refused.append(layer)
+                assert part.name in (e.hint or "")
+        assert refused == (["prompt_encoder.mask_downscaling.6"] if part.name == "decoder" else [])
+
+
+def test_one_step_for_a_whole_weight(model, tmp_path):
+    part, inputs = components(model)["encoder"], samples(components(model)["encoder"])[0]
+    wrong = {}
+    for granularity in ("channel", "tensor"):
+        path = tmp_path / f"{granularity}.mlpackage"
+        exporter.export(part, path, scheme="w8_weight_only", calibration=samples(part), tuning=Tuning(granularity=granularity))
+        scales = {np.size(op.attributes["scale"]) for op in _mil.Program.read(path).ops if op.kind == "constexpr_affine_dequantize"}
+        assert (scales == {1}) is (granularity == "tensor") and exporter.check(part, path, scheme="w8_weight_only").details["compressed"]
+        wrong[granularity] = distance(interpreted(path).run(inputs)["image_embeddings"], expected(part, inputs)[0])
+    assert wrong["channel"] < wrong["tensor"] < 0.1
+
+
+def test_asymmetric_activations_waste_no_levels(tmp_path):
+    """Of inputs that are never negative, half of the symmetric levels are: the asymmetric step is half as wide."""
+    torch.manual_seed(0)
+    part = Component("head", nn.Linear(64, 16).eval(), {"x": torch.rand(4, 64)}, ("y",))
+    shown = [{"x": np.random.default_rng(i).uniform(0, 1, (4, 64)).astype(np.float32)} for i in range(6)]
+    steps, wrong = {}, {}
+    for symmetric in (True, False):
+        path = tmp_path / f"{symmetric}.mlpackage"
+        exporter.export(part, path, scheme="w8a8_static", calibration=shown, tuning=Tuning(symmetric=symmetric))
+        program = _mil.Program.read(path)
+        (quantize,) = (op for op in program.ops if op.kind == "quantize")
+        steps[symmetric] = float(np.ravel(program.made[str(quantize.reads("scale"))].attributes["val"])[0]) if quantize.reads("scale") else 0.0
+        wrong[symmetric] = distance(interpreted(path).run(shown[0])["y"], expected(part, shown[0])[0])
+    assert steps[False] == pytest.approx(steps[True] / 2, rel=0.02) and wrong[False] < wrong[True]
 
 
 def test_a_scheme_that_compresses_nothing_is_told(tmp_path):

@@ -34,6 +34,7 @@ from edgekd.models.sam import components
 from edgekd.protocols import Component, package_version
 from edgekd.runtime import open_artifact
 from edgekd.tasks.promptable.predict import predict_file
+from edgekd.tuning import Tuning
 
 CONSUMER = Path(__file__).resolve().parents[1] / "examples/consumers/tensorrt_click.py"
 STATIC = ("w8a8_static", "fp8_static")
@@ -194,6 +195,41 @@ def test_overflowing_layers_of_a_quantized_graph_stay_in_fp32(tmp_path: Path) ->
     exporter.export(part, path, scheme="w8a8_static", calibration=samples(part))
     session = exporter.stand_in(path, scheme="w8a8_static")
     assert session.kept_fp32 and error(part, path, "w8a8_static") < 0.1
+
+
+@pytest.mark.parametrize(("scheme", "tuned"), [("w8a8_static", {"method": "percentile"}), ("w8a8_static", {"granularity": "tensor", "symmetric": True}),
+                                               ("fp8_static", {"method": "mse"})])
+def test_ways_to_quantize_are_honoured_and_still_what_tensorrt_takes(tmp_path: Path, scheme: str, tuned: dict[str, Any]) -> None:
+    part = components(tiny_sam())["encoder"]
+    given = inputs_of(part, 3)
+    given[0]["images"][0, 0, 0, 0] = 40.0  # an outlier, which the extremes contain
+    files = [exporter.export(part, tmp_path / name, scheme=scheme, calibration=given, tuning=t)[0]
+             for name, t in (("a.onnx", Tuning()), ("b.onnx", Tuning(**tuned)))]
+    plain, other = (constants_of(f, "_scale") for f in files)
+    graphs.refuse_unsound(files[1])
+    if "method" in tuned:
+        assert other["images_scale"] < plain["images_scale"]
+    else:
+        assert all(s.size == 1 for s in other.values()) and any(s.size > 1 for s in plain.values())
+
+
+@pytest.mark.parametrize("scheme", ["w8a8_static", "fp8_static", "fp16"])
+def test_layers_are_kept_in_the_float_type_asked_for(tmp_path: Path, scheme: str) -> None:
+    part = components(tiny_sam())["encoder"]
+    path = exporter.export(part, tmp_path / "a.onnx", scheme=scheme, calibration=inputs_of(part, 3), tuning=Tuning(keep={"neck": "fp32"}))[0]
+    found = graphs.inside(path)
+    assert found.kept_fp32 == {"neck": "asked for"} and found.arithmetic["fp32"] == 1
+    if scheme != "fp16":
+        path = exporter.export(part, tmp_path / "b.onnx", scheme=scheme, calibration=inputs_of(part, 3), tuning=Tuning(keep={"neck": "fp16"}))[0]
+        assert graphs.inside(path).arithmetic["fp16"] == 1 and not graphs.inside(path).kept_fp32
+
+
+def test_what_a_float_scheme_does_not_take_is_wrong_usage(tmp_path: Path) -> None:
+    part = conv_component()
+    for scheme, tuning in (("fp16", Tuning(method="mse")), ("fp32", Tuning(keep={"0": "fp16"}))):
+        with pytest.raises(UsageError):
+            exporter.export(part, tmp_path / "a.onnx", scheme=scheme, calibration=samples(part), tuning=tuning)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_onnxruntimes_own_integer_kernels_are_not_used(written: Any) -> None:

@@ -10,10 +10,14 @@ import torch
 from edgekd.export import _half
 from edgekd.export import onnx as export_onnx
 from edgekd.export import openvino as export_openvino
+from PIL import Image
 from tiny import SIZE, conv_component, expected, samples, tiny_sam
 
+from edgekd import comparing, resolve, target
+from edgekd.artifact import Manifest
+from edgekd.data.images import preprocess
 from edgekd.errors import EdgekdError, UsageError
-from edgekd.exporting import export_model
+from edgekd.exporting import export_model, open_artifact
 from edgekd.models.sam import Sam, components
 from edgekd.probes import pictures
 from edgekd.protocols import Component
@@ -164,3 +168,44 @@ def test_the_files_keep_to_the_standard(tmp_path):
     export_model(tiny_sam(), tmp_path / "a", format="onnx", scheme="fp16", examples=IMAGES, threads=1)
     for name in ("encoder.onnx", "decoder.onnx"):
         onnx.checker.check_model(str(tmp_path / "a" / name), full_check=True)
+
+
+class Bright(torch.nn.Module):
+    """An encoder that adds something of what it sees of white; seeded pictures are never as bright as white paper."""
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.white = encoder, torch.nn.Conv2d(3, 1, 16, 16)
+        self.far, self.more, self.back = (torch.nn.Conv2d(1, channels, 1, bias=False) for channels in (1, 1, 32))
+        with torch.no_grad():
+            for layer, weight in ((self.white, 1 / 256), (self.far, 3e4), (self.more, 4.0), (self.back, 1e-6)):
+                layer.weight.fill_(weight)
+            self.white.bias.fill_(-5.6)  # type: ignore[union-attr]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x) + self.back(self.more(self.far(torch.relu(self.white(x)))))
+
+
+def test_what_overflows_on_photos_only_is_found_on_the_photos(tmp_path, monkeypatch):
+    """`quantize --scheme fp16 --data DIR` searches the photos: a layer that seeded pictures leave in range and white paper does not."""
+    rng, folder = np.random.default_rng(0), tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):  # white paper with a little print on it
+        page = np.full((SIZE, SIZE, 3), 255, np.uint8)
+        page[:8, :8] = rng.integers(0, 255, (8, 8, 3))
+        Image.fromarray(page).save(folder / f"{i}.png")
+    model = tiny_sam()
+    model.encoder = Bright(model.encoder).eval()
+    monkeypatch.setattr(resolve, "load_torch", lambda _: model)
+    plain = export_model(model, tmp_path / "pictures", format="onnx", scheme="fp16", threads=1).components["encoder"]
+    assert not plain.kept_fp32, "seeded pictures show nothing of it"
+    found = comparing.quantize("tiny", scheme="fp16", format="onnx", target=target.resolve("pixel_8"), data=folder, output=tmp_path / "out", limit=2)
+    kept = Manifest.load(Path(found["path"])).components["encoder"].kept_fp32
+    assert set(kept) == {"far", "more", "back"} and "Conv reaches 2" in kept["more"]
+    given = {"images": preprocess(np.full((SIZE, SIZE, 3), 255, np.uint8), model.preprocess)[0][None]}
+    want = expected(encoder(model), given)[0]
+    ours = open_artifact(found["path"], threads=1).session("encoder").run(given)["image_embeddings"]
+    assert np.abs(ours - want).max() < 0.01 * np.abs(want).max()
+    with torch.no_grad():
+        naive = model.encoder.half()(torch.from_numpy(given["images"]).half())
+    assert not torch.isfinite(naive).all(), "and it mattered"

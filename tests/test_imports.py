@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("resolve", "doctor", "catalogue", "plan", "inspecting", "converting"),
     ("trial", "showing"),
     ("comparing", "pipeline"),
+    ("mixing", "pruning", "qat"),
     ("own",),
     ("exports",),
     ("api",),

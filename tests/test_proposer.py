@@ -11,7 +11,8 @@ import torch
 from oracles import Painted
 from tiny import tiny_sam
 
-from edgekd import plugins, teachers
+from edgekd import plugins, resolve, teachers
+from edgekd.data import open_data
 from edgekd.data.scenes import Scenes
 from edgekd.distillation import points
 from edgekd.distillation.objectives.box_proposals import assign, iou_and_giou, loss
@@ -24,10 +25,11 @@ from edgekd.models.sam import Sam, components
 from edgekd.parity import EXACT
 from edgekd.probes import pictures
 from edgekd.protocols import Session
+from edgekd.quantization.calibration import EncoderCalibration, ProposerCalibration
 from edgekd.tasks.promptable.everything import Settings, everything
 from edgekd.tasks.promptable.exported import ArtifactModel
 from edgekd.tasks.promptable.metrics import iou
-from edgekd.tasks.promptable.parity import Reference, failure, proposer_parity
+from edgekd.tasks.promptable.parity import LOSSY, Reference, failure, proposer_parity
 from edgekd.tasks.promptable.predictor import ModelPredictor
 from edgekd.tasks.promptable.proposing import has_proposer, propose
 
@@ -226,3 +228,26 @@ def test_the_shipped_teacher_segments_everything_with_its_own_proposer() -> None
     found = everything(model, sample.image)
     assert sample.masks is not None and found.mode == "proposals" and found.work.prompts == Settings().proposals
     assert (iou(found.masks[:, None], sample.masks[None]).max(axis=0) > 0.5).mean() > 0.5
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_in_8_bits_the_shipped_students_proposals_stay_right(tmp_path: Path, format: str) -> None:
+    """Ranges from four photos, boxes and their order compared on three others."""
+    exporter = plugins.exporter(format)
+    if not exporter.availability().ok:
+        pytest.skip(f"{format} is not installed: {exporter.availability().fix}")
+    model = resolve.load_torch("repvit_s")
+    data = open_data(Path(__file__).resolve().parents[1] / "examples/photos", masks=False)
+    shown = ProposerCalibration(EncoderCalibration(data, model.preprocess, indices=[0, 3, 6, 9]), model)
+    path = tmp_path / f"proposer{exporter.suffix}"
+    exporter.export(components(model)["proposer"], path, scheme="w8a8_static", calibration=shown)
+    session = exporter.open(path, scheme="w8a8_static", threads=1)
+    assert "int8" in session.executed_precision
+    reference = Reference(model, np.concatenate([s["images"] for s in EncoderCalibration(data, model.preprocess, indices=[1, 4, 11])]))
+    parity = proposer_parity(session, reference)
+    assert failure(parity, LOSSY["proposer"]) is None and 0.96 < parity["mask_iou"] < 1
+    for embedding in reference.embeddings:
+        with torch.no_grad():
+            best = model.propose(torch.from_numpy(embedding[None]))[1].topk(64).indices.tolist()
+        ours = session.run({"image_embeddings": embedding[None]})["scores"][0].argsort()[::-1][:64]
+        assert len(set(best) & set(ours.tolist())) >= 56

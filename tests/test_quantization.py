@@ -7,7 +7,7 @@ import pytest
 from edgekd import plugins, schemes
 from edgekd.errors import UsageError
 
-GRAMMAR = re.compile(r"(fp|bf)(?P<f>8|16|32)(_(?P<when>static))?|w(?P<w>\d+)(a(?P<a>\d+))?_(?P<how>static|dynamic|weight_only)")
+GRAMMAR = re.compile(r"(fp|bf)(?P<f>8|16|32)(_(?P<when>static))?|w(?P<w>\d+)(a(?P<a>\d+))?_(?P<how>static|dynamic|weight_only|qat)")
 
 
 @pytest.mark.parametrize("name", schemes.names())
@@ -15,7 +15,7 @@ def test_a_name_says_what_the_scheme_is(name):
     scheme, match = schemes.get(name), GRAMMAR.fullmatch(name)
     assert match, name
     if match["w"]:
-        assert scheme.weight_bits == int(match["w"]) and scheme.ranges == match["how"].replace("weight_only", "float") and not scheme.is_float
+        assert scheme.weight_bits == int(match["w"]) and scheme.ranges == {"weight_only": "float", "qat": "trained"}.get(match["how"], match["how"]) and not scheme.is_float
         assert scheme.activation_bits == (int(match["a"]) if match["a"] else 32)
     else:
         assert scheme.weight_bits == scheme.activation_bits == int(match["f"]) and scheme.is_float == (match["when"] is None)

@@ -19,7 +19,7 @@ from edgekd.errors import EdgekdError
 
 __all__ = ["app", "main"]
 
-for _verbs in ("loop", "artifacts", "about"):  # registers them, in the order of --help
+for _verbs in ("loop", "pruning", "artifacts", "about"):  # registers them, in the order of --help
     importlib.import_module(f"edgekd.cli.{_verbs}")
 
 INTERRUPTED = 130

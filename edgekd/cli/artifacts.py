@@ -15,7 +15,12 @@ Modes = Annotated[list[str] | None, typer.Option("--mode", help="With --everythi
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="A checkpoint, a student with shipped weights, or a float .onnx file of your own.")],
-    scheme: Annotated[str, typer.Option("--scheme", help="A precision (edgekd list schemes).")], output: Output,
+    output: Output,
+    scheme: Annotated[str | None, typer.Option("--scheme", help="A precision (edgekd list schemes), with exceptions if wanted: "
+                                               "'w8a8_static + {decoder: fp32}'; or auto, which finds the fastest mix within --max-drop.")] = None,
+    sensitivity: Annotated[bool, typer.Option("--sensitivity", help="Rank the layers by what 8 bits cost them, with a plot; writes no model.")] = False,
+    max_drop: Annotated[float, typer.Option("--max-drop", help="Of auto: points of accuracy (0..100) that may be lost to fp32.")] = 0.5,
+    target_ms: Annotated[float | None, typer.Option("--target-ms", help="Of auto: a ceiling of latency, encoder and one prompt, median.")] = None,
     format: Annotated[str, typer.Option("--format", help="A file format (edgekd list formats).")] = "onnx",
     target: TargetName = "host",
     data: Annotated[str | None, typer.Option("--data", help="Photos, as everywhere; of an .onnx file also a folder of .npz or .npy samples.")] = None,
@@ -30,10 +35,38 @@ def quantize(
     """
     from edgekd import api
 
-    found = api.quantize(model=model, scheme=scheme, format=format, target=target, data=data, output=output, lengths=lengths(length or []),
-                         mean=_colour("mean", mean), std=_colour("std", std), size=_sides(size))
-    show(found, json)
+    if sensitivity == (scheme is not None):
+        raise UsageError("--sensitivity writes no model and takes no --scheme" if sensitivity else "no precision is named",
+                         hint="--scheme w8a8_static, --scheme auto, or --sensitivity")
+    if sensitivity:
+        return _show_layers(api.sensitivity(model=model, format=format, target=target, data=data, output=output), json)
+    found = api.quantize(model=model, scheme=scheme or "", format=format, target=target, data=data, output=output, lengths=lengths(length or []),
+                         mean=_colour("mean", mean), std=_colour("std", std), size=_sides(size), max_drop=max_drop, target_ms=target_ms)
+    if json or "pareto" not in found:
+        show(found, json)
+    else:
+        _show_mixes(found)
     return 0 if found["verdict"] != "rejected" else 1
+
+
+def _show_layers(found: dict[str, Any], json: bool) -> int:
+    from edgekd import console
+
+    if json:
+        console.emit(found)
+        return 0
+    console.table(["layer", "what", "points lost alone", "dB"], [[r["name"], r["kind"], round(r["miou_drop"], 3), round(r["sqnr_db"], 1)] for r in found["layers"]])
+    console.table(["in float", "the last", "points lost"], [[r["kept"], r["layer"], round(r["miou_drop"], 3)] for r in found["cumulative"]], title=found["plot"])
+    return 0
+
+
+def _show_mixes(found: dict[str, Any]) -> None:
+    from edgekd import console
+
+    drop = next(k for k in found if k.endswith("_drop") and k != "max_drop")
+    rows = [[("* " if r["id"] == found["id"] else "") + r["scheme"], round(r[drop], 3), round(r["disagreement"], 2), r["latency_ratio"] and round(r["latency_ratio"], 2),
+             round(r["size_ratio"], 2)] for r in found["candidates"]]
+    console.table(["scheme (* is taken)", "points lost", "disagreement", "time, of fp32's", "size, of fp32's"], rows, title=f"{found['verdict']}: {found['reason']}")
 
 
 def _colour(name: str, text: str | None) -> list[float] | None:

@@ -63,7 +63,8 @@ class Objective(nn.Module, Plugin):
 
     default_taps: ClassVar[str] = ""
     """With "feats" or "attention" in `needs`, the pairs compared when the recipe names none: "embedding", "stages" (the last map of every
-    resolution, deepest with deepest), "attention" (the last of each), or "student" ("stages" of the student alone)."""
+    resolution, deepest with deepest), "attention" (the last of each), or of the student alone "student" (its stages) and "student_attention" (the
+    probabilities of every attention, and its output)."""
     asks_teacher: ClassVar[bool] = True
     """False: it compares the student with the data alone, and the teacher need not answer."""
     least_at_teacher: ClassVar[bool] = True

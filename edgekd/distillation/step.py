@@ -167,7 +167,7 @@ class Step(nn.Module):
         tapped = {k: o for k, o in self.objectives.items() if o.needs & {"feats", "attention"}}
         deep = any(self.refs[k].taps or o.default_taps != "embedding" for k, o in tapped.items())
         ours = discover(self.student, images) if deep else {}
-        theirs = teacher_taps(self.teacher) if any(o.default_taps != "student" and (self.refs[k].taps or o.default_taps != "embedding")
+        theirs = teacher_taps(self.teacher) if any(not o.default_taps.startswith("student") and (self.refs[k].taps or o.default_taps != "embedding")
                                                    for k, o in tapped.items()) else {}
         where = f"stage {self.stage.name}"
         for key, objective in tapped.items():
@@ -192,15 +192,17 @@ def default_pairs(objective: Objective, ours: Mapping[str, str], theirs: Mapping
     kind = objective.default_taps
     if kind == "embedding":
         return [("embedding", "embedding")]
-    prefix = "attention" if kind == "attention" else "stage"
+    prefix = "attention" if kind.endswith("attention") else "stage"
     a, b = ([n for n in names if n.startswith(prefix)] for names in (ours, theirs))
-    if kind == "student":
+    if kind.startswith("student"):
         b = a
     if not a or not b:
         raise UsageError(f"objective '{objective.name}' needs {prefix} taps, and the {'student' if not a else 'teacher'} has none", where=where,
                          hint="name pairs of module paths under 'taps', or take another model")
     if kind == "attention":
         return [(a[-1], b[-1])]
+    if kind == "student_attention":  # the probabilities, and what the attentions give
+        return [(n, "") for n in (*a, *(ours[n] for n in a))]
     count = min(len(a), len(b))
     return [(s, "" if kind == "student" else t) for s, t in zip(a[-count:], b[-count:], strict=True)]
 
@@ -218,7 +220,7 @@ def wanted(stages: Sequence[Stage], teacher: Any) -> dict[str, str | None]:
                 names[need] = None
             if objective.needs & PER_PROMPT:
                 names["embedding"] = None
-            if objective.needs & {"feats", "attention"} and objective.default_taps != "student":
+            if objective.needs & {"feats", "attention"} and not objective.default_taps.startswith("student"):
                 if ref.taps or objective.default_taps != "embedding":
                     taps = teacher_taps(teacher) if taps is None else taps
                 pairs = ref.taps or ([("embedding", "embedding")] if objective.default_taps == "embedding" else default_teacher(objective, taps or {}))

@@ -12,8 +12,9 @@ from edgekd.data import open_data
 from edgekd.distillation import points
 from edgekd.distillation.cache import build_cache, estimate_cache, open_cache
 from edgekd.distillation.checks import check_data, check_recipe
-from edgekd.distillation.distributed import joined, lent
+from edgekd.distillation.distributed import current, joined, lent
 from edgekd.distillation.material import TrainingData, load_teachers, open_training_data
+from edgekd.distillation.starting import Rounding, check_rounding, in_form, starting_point
 from edgekd.distillation.tracking import Tracker
 from edgekd.distillation.trainer import Row, StageResult, train_stages
 from edgekd.errors import EdgekdError, UsageError
@@ -87,32 +88,51 @@ def curve_summary(results: Sequence[StageResult]) -> dict[str, Any]:
     return {"loss": next(iter(stages.values()), {}), "stages": stages, "bad_steps": sum(r.bad_steps for r in results)}
 
 
-def distill(*, recipe: Recipe, data: str, output: Path, student: str | None = None, tensorboard: bool = False) -> dict[str, Any]:
-    """Distil one student of a recipe; the checkpoint's path, the losses, the log and where it started."""
-    stages, task = check_recipe(recipe), tasks.get(recipe.task)
-    known = {s.name: s for s in recipe.students}
-    name = student or next(iter(known), None)
-    if name is None:
-        raise UsageError(f"recipe '{recipe.name}' has no students", hint="name one with --student")
+def distill(*, recipe: Recipe, data: str, output: Path, student: str | None = None, start_from: Path | None = None,
+            tensorboard: bool = False) -> dict[str, Any]:
+    """Distil one student of a recipe, or the one of the checkpoint `start_from`; the checkpoint's path, the losses, the log and where it started. With
+    stages that round the student, `scheme` is what to export it in."""
+    stages = check_recipe(recipe)
+    rounding = check_rounding(stages)
+    begin = None if start_from is None else starting_point(start_from, recipe, student)
+    if begin is not None and begin.path.resolve() == _file(output, begin.meta.name, begin.meta.image_size, rounding).resolve():
+        raise UsageError("the student would be written over the checkpoint it starts from", where=begin.path, hint="give another --output")
+    if begin is None and student is None and not recipe.students:
+        raise UsageError(f"recipe '{recipe.name}' has no students", hint="name one with --student, or a checkpoint to start from")
     with joined() as group, run_lock(output) if group.first else nullcontext():
         with group.in_turn():
             taught = load_teachers(recipe, data, usable_folder(Path(output) / "teacher"))
         teacher = next(iter(taught.values()))
         material = open_training_data(recipe, data, taught, usable_folder(Path(output) / "cache"), stages)
         check_data(stages, material)
-        size = known[name].image_sizes[0] if name in known else teacher.preprocess.image_size
-        if recipe.proposer is not None and student is None:
-            name, size = group.share(lambda: propose(recipe, teacher, material))
-        model, start = task.student(name, size, teacher)
+        model, start = begin.student(teacher) if begin is not None else _named(recipe, student, teacher, material)
+        model = in_form(model, rounding)
         group.agree_on(model)
         key = training_key(stages, model, taught, material)
         with Tracker(Path(output), tensorboard=tensorboard) if group.first else nullcontext() as tracker:
             results = train_student(model, taught, stages, material, Path(output) / "stages" / key, tracker)
-        path = Path(output) / f"{model.name}-{size}{checkpoint.SUFFIX}"
+        size = model.preprocess.image_size
+        path = _file(output, model.name, size, rounding)
         if group.first:
             checkpoint.save(model, path, teacher=teacher.name, history={"recipe": recipe.name, "start": start, "data": data})
-    return {"checkpoint": str(path), "student": model.name, "image_size": size, "start": start, "images": material.images, "log": str(Path(output) / "log.jsonl"),
-            "skipped": material.skipped, **curve_summary(results)}
+    about = {"scheme": rounding.scheme} if rounding is not None and rounding.scheme is not None else {}
+    return {"checkpoint": str(path), **about, "student": model.name, "image_size": size, "start": start, "images": material.images,
+            "log": str(Path(output) / "log.jsonl"), "skipped": material.skipped, **curve_summary(results)}
+
+
+def _named(recipe: Recipe, student: str | None, teacher: Any, data: TrainingData) -> tuple[Any, str]:
+    """A student by its name, the recipe's first or the one its proposer ranks first, and where its weights come from."""
+    known = {s.name: s for s in recipe.students}
+    name = student or next(iter(known))
+    size = known[name].image_sizes[0] if name in known else teacher.preprocess.image_size
+    if recipe.proposer is not None and student is None:
+        name, size = current().share(lambda: propose(recipe, teacher, data))
+    return tasks.get(recipe.task).student(name, size, teacher)
+
+
+def _file(output: Path, name: str, size: int, rounding: Rounding | None) -> Path:
+    """Where a student is written; one that was trained for a precision says so."""
+    return Path(output) / f"{name}-{size}{f'-{rounding.label}' if rounding else ''}{checkpoint.SUFFIX}"
 
 
 def propose(recipe: Recipe, teacher: Any, data: TrainingData) -> tuple[str, int]:

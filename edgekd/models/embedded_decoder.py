@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgekd.models.point_embedding import ABSENT_BIAS, FILE, PointEmbedding
+from edgekd.models.point_embedding import FILE, PointEmbedding
 from edgekd.models.prompt_encoder import PromptEncoder
 from edgekd.models.sam import POINTS, Sam
 from edgekd.protocols import NOT_A_POINT, Component
@@ -45,7 +45,7 @@ def point_embedding(encoder: PromptEncoder) -> PointEmbedding:
 
     weights = [e.weight for e in encoder.point_embeddings if isinstance(e, nn.Embedding)]
     labels = dict(enumerate(weights)) | {NOT_A_POINT: encoder.not_a_point_embed.weight}
-    return PointEmbedding(encoder.side, encoder.padded, ABSENT_BIAS, array(encoder.pe_layer.positional_encoding_gaussian_matrix),
+    return PointEmbedding(encoder.side, encoder.padded, encoder.absent_bias, array(encoder.pe_layer.positional_encoding_gaussian_matrix),
                           {label: array(weight)[0] for label, weight in labels.items()})
 
 
@@ -63,4 +63,4 @@ def embedded_component(model: Sam) -> Component:
     }
     dynamic = {"point_tokens": {0: "prompts", 1: "tokens"}, "token_bias": {0: "prompts", 1: "tokens"}, "mask_input": {0: "prompts"}, "has_mask": {0: "prompts"}}
     return Component("decoder", EmbeddedDecoder(model).eval(), example, ("masks", "iou"), dynamic, lengths={"prompts": 1, "tokens": POINTS + host.own},
-                     padding={"token_bias": ABSENT_BIAS}, host={FILE: host.encode()})
+                     padding={"token_bias": host.absent_bias}, host={FILE: host.encode()})

@@ -19,8 +19,9 @@ from edgekd.protocols import ABSENT, BOX_TOP_LEFT, NOT_A_POINT
 FILE = "prompt_encoder.json"
 SCHEMA = "edgekd.prompt_encoder/1"
 ABSENT_BIAS = -32.0
-"""What is added to the attention scores of an absent token: e^-32 is far below float32's resolution, and a range that ends there leaves an 8-bit
-score steps of a quarter. With -1e4 they would be 39 wide, and all scores of the present tokens one."""
+"""What is added to the attention scores of an absent token in files: e^-32 is far below float32's resolution, and a range that ends there leaves an 8-bit
+score steps of a quarter. With -1e4 they would be 39 wide, and all scores of the present tokens one. An absent token's score would have to be 16 above the
+best of the others to be noticed; those of the shipped models are at most 1.5 above."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgekd.models.blocks import LayerNorm2d
+from edgekd.models.blocks import LayerNorm2d, in_graph
+from edgekd.models.point_embedding import ABSENT_BIAS
 from edgekd.protocols import ABSENT, BOX_TOP_LEFT, NOT_A_POINT
+
+FAR = -1e4
+"""The attention bias of absent tokens in torch: no score outweighs it. Files have a near one, which 8 bits can hold; that it is far enough for
+a model's scores is shown by the parity of every file, which is compared with torch."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class PromptEncoder(nn.Module):
         self.pe_layer = PositionEmbedding(e)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, e) for _ in range(4))
         self.not_a_point_embed = nn.Embedding(1, e)
+        self.absent_bias = ABSENT_BIAS
+        """The bias of absent tokens in files."""
         if not shape.mask_prompts:
             return
         self.no_mask_embed = nn.Embedding(1, e)
@@ -104,7 +111,7 @@ class PromptEncoder(nn.Module):
         for value, weight in enumerate(e.weight for e in self.point_embeddings if isinstance(e, nn.Embedding)):
             code = code + (labels == value).to(code).unsqueeze(-1) * weight
         code = code + (labels == NOT_A_POINT).to(code).unsqueeze(-1) * self.not_a_point_embed.weight
-        return code, (labels == ABSENT).to(code) * -1e4  # finite, so that fp16 and int8 runtimes keep it
+        return code, (labels == ABSENT).to(code) * (self.absent_bias if in_graph() else FAR)  # finite, so that fp16 keeps it
 
     def dense(self, mask_input: Tensor | None, has_mask: Tensor | None) -> Dense | None:
         """Mask logits (P, 1, F/4, F/4), has_mask (P,) 0 or 1 (None: all 1) -> what is added to the image; None: nothing is."""

@@ -73,7 +73,9 @@ def _able(asked: Request) -> Any:
     """The exporter, if it makes what is asked of an ONNX file, and the file is there."""
     if not asked.source.is_file():
         raise UsageError(f"there is no file at {asked.source}")
-    check_runs(asked.scheme, asked.format, asked.target)
+    if asked.scheme == "auto" or (precision := check_runs(asked.scheme, asked.format, asked.target)).text != precision.scheme.name:
+        raise UsageError(f"an ONNX file of your own takes plain schemes, not '{asked.scheme}'", where=asked.source,
+                         hint="edgekd list schemes; layers and answers are known of edgekd's own models only")
     exporter = plugins.exporter(asked.format)
     if not hasattr(exporter, "rewrite"):
         able = [name for name, e in plugins.exporters().items() if hasattr(e, "rewrite")]

@@ -5,6 +5,8 @@ A candidate's id is its name everywhere, from the folder of its artifact to the 
     repvit_m0-256-openvino-bf16
     └ student ┘ │     │      └ scheme
             image size └ format
+
+A scheme may have options and exceptions (`edgekd.schemes`), of which the id holds a short form.
 """
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from edgekd import schemes as grammar
 from edgekd.errors import UsageError, unknown
 
 REFERENCE = "fp32"
@@ -30,7 +33,7 @@ class Candidate:
 
     @property
     def id(self) -> str:
-        return f"{self.student}-{self.image_size}-{self.format}-{self.scheme}"
+        return f"{self.student}-{self.image_size}-{self.format}-{grammar.parse(self.scheme).slug}"
 
     @property
     def parent(self) -> str | None:
@@ -71,18 +74,23 @@ def candidates(students: Mapping[str, Sequence[int]], formats: Sequence[str], sc
     _names(students)
     possible = {f: _possible(f, runs, exports, target) for f in dict.fromkeys(formats)}
     for scheme in schemes:
-        if not any(scheme in able for able in possible.values()):
-            every = sorted({s for able in possible.values() for s in able})
-            if scheme not in {s for known in exports.values() for s in known}:
-                raise unknown("scheme", scheme, every)
+        if not any(_takes(able, scheme) for able in possible.values()):
+            if (name := grammar.parse(scheme).scheme.name) not in {s for known in exports.values() for s in known}:
+                raise unknown("scheme", name, sorted({s for able in possible.values() for s in able}))
             raise UsageError(f"target '{target}' cannot run scheme '{scheme}' in {_list(possible)}",
                              hint="; ".join(f"{f} runs {', '.join(able)}" for f, able in possible.items()))
     wanted = list(dict.fromkeys([REFERENCE, *schemes]))
     found = [Candidate(student, size, format, scheme) for student, sizes in students.items() for size in dict.fromkeys(sizes)
-             for format in possible for scheme in wanted if scheme in possible[format]]
+             for format in possible for scheme in wanted if _takes(possible[format], scheme)]
     if not found:
         raise UsageError("the recipe leaves nothing to try", hint="name at least one student, one image size and one format")
     return found
+
+
+def _takes(able: Sequence[str], scheme: str) -> bool:
+    """Whether a format runs a scheme, and those of its exceptions that are components'."""
+    precision = grammar.parse(scheme)
+    return all(one.runs_as in able for one in (precision.scheme, *(s for s in precision.schemes if s.name not in grammar.FLOATS)))
 
 
 def _possible(format: str, runs: Mapping[str, Sequence[str]], exports: Mapping[str, Sequence[str]], target: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The result of an evaluation, whatever the task, and how sure a mean is. Numpy only."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,20 @@ class Progress(Protocol):
     """What `edgekd.console.progress` yields."""
 
     def advance(self, n: int = 1, **fields: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What precisions of one source model are judged by, on a few photos; larger is better, both in 0..1."""
+
+    score: Callable[[Any], float]
+    """The accuracy `Task.compared_by` of a torch model or an artifact."""
+    agreement: Callable[[Any], float]
+    """How alike its answers are to the source's own; near 1 this tells two precisions apart long before `score` does."""
+    photos: int
+    instances: int
+    measure: str
+    """What `agreement` is, in words."""
 
 
 @dataclass

@@ -26,10 +26,12 @@ class QuantGap(Objective):
     `logits`, KL of the soft labels. Against the teacher, or against the student itself as it was when the stage began.
 
     The paper's attention-output loss is a pair that names the attention's module, its attention-map loss one that names `attention0`, ....
-    Against the student itself the pairs are its embedding and, if wanted, its stage maps; what the teacher gives is not looked at.
+    Against the student itself the pairs are its embedding and, if wanted, its stage maps, or the paper's two of every attention; what the teacher gives
+    is not looked at.
 
     Args:
-        against: "teacher"; "self", the student before it was rounded (by the controller `fake_quant`); "self_stages", the same with its stages.
+        against: "teacher"; "self", the student before it was rounded (by the controller `fake_quant`); "self_stages", the same with its stages;
+            "self_attention", with the maps and outputs of its attentions.
         logits: weight of the KL of logits, where both give them.
         temperature: of that KL.
     """
@@ -39,16 +41,17 @@ class QuantGap(Objective):
     needs = frozenset({"embedding", "feats", "images"})
     default_taps = "embedding"
 
-    def __init__(self, against: Literal["teacher", "self", "self_stages"] = "teacher", logits: float = 1.0, temperature: float = 1.0) -> None:
+    def __init__(self, against: Literal["teacher", "self", "self_stages", "self_attention"] = "teacher", logits: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
-        if against not in ("teacher", "self", "self_stages") or logits < 0 or temperature <= 0:
-            raise UsageError(f"quant_gap takes against teacher, self or self_stages, logits >= 0 and temperature > 0, not against={against}, logits={logits:g}")
+        if against not in ("teacher", "self", "self_stages", "self_attention") or logits < 0 or temperature <= 0:
+            raise UsageError("quant_gap takes against teacher, self, self_stages or self_attention, logits >= 0 and temperature > 0, "
+                             f"not against={against}, logits={logits:g}")
         self.against, self.logits, self.temperature = against, logits, temperature
         self.reference: nn.Module | None = None
         if against != "teacher":
             self.asks_teacher = False  # type: ignore[misc]
-        if against == "self_stages":
-            self.default_taps = "student"  # type: ignore[misc]
+        if against in ("self_stages", "self_attention"):
+            self.default_taps = "student" if against == "self_stages" else "student_attention"  # type: ignore[misc]
 
     def bind(self, setup: Setup) -> None:
         """Copy the student, where it is compared with itself; raises UsageError for pairs that cannot be compared."""
@@ -57,10 +60,10 @@ class QuantGap(Objective):
                 raise UsageError("quant_gap against the student itself knows what to compare", where=setup.where, hint="leave 'taps' out")
             self.reference = copy.deepcopy(setup.student).eval().requires_grad_(False)
             assert setup.context.images is not None
-            stages: dict[str, str] = {}
-            if self.against == "self_stages":
-                stages = {n: p for n, p in discover(self.reference, setup.context.images[:1]).items() if n.startswith("stage")}
-            self.paths: dict[str, str | None] = {**stages, "embedding": None}
+            kept = {"self_stages": "stage", "self_attention": "attention"}.get(self.against)
+            known = {} if kept is None else {n: p for n, p in discover(self.reference, setup.context.images[:1]).items() if n.startswith(kept)}
+            outputs = known.values() if self.against == "self_attention" else ()
+            self.paths: dict[str, str | None] = {**known, **{path: path for path in outputs}, "embedding": None}
             return
         for a, t in zip(setup.ours.feats, setup.theirs.feats, strict=True):
             if attention(t) and a.shape[1:] != t.shape[1:]:
@@ -73,8 +76,8 @@ class QuantGap(Objective):
     def forward(self, student: Outputs, teacher: Outputs, context: Context) -> Tensor:
         """-> (B,)."""
         if self.reference is not None:
-            stages = student.feats if self.against == "self_stages" else ()
-            student, teacher = replace(student, feats=(*stages, student["embedding"])), self._full(context)
+            inside = () if self.against == "self" else student.feats
+            student, teacher = replace(student, feats=(*inside, student["embedding"])), self._full(context)
         parts = [gap(a, t, context.valid) for a, t in zip(student.feats, teacher.feats, strict=True)]
         loss = torch.stack(parts).mean(0)
         if self.logits and student.logits is not None and teacher.logits is not None and student.logits.shape == teacher.logits.shape:
@@ -98,6 +101,9 @@ def gap(ours: Tensor, theirs: Tensor, valid: Tensor) -> Tensor:
     """(B,) of one pair."""
     if attention(theirs):
         return rows_kl(ours.float().clamp(min=1e-8).log(), theirs.float())
+    if len(ours) != len(valid):  # windows: every photo has as many, padding included
+        each = (ours.float() - theirs.float()).square().flatten(1).mean(1) / theirs.float().square().flatten(1).mean(1).clamp(min=1e-12)
+        return each.unflatten(0, (len(valid), -1)).mean(1)
     theirs = theirs[:, : ours.shape[1]].float()
     if theirs.shape[-2:] != ours.shape[-2:]:
         theirs = F.interpolate(theirs, ours.shape[-2:], mode="bilinear", align_corners=False, antialias=True)

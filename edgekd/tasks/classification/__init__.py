@@ -2,7 +2,6 @@
 that say so (SSLD, arXiv 2103.05959, learns from the teacher's logits alone)."""
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from edgekd.tasks.classification.exported import ArtifactClassifier
     from edgekd.tasks.classification.parity import Reference
     from edgekd.tasks.classification.predict import Classes
-    from edgekd.tasks.evaluation import Evaluation
+    from edgekd.tasks.evaluation import Evaluation, Judge
 
 PHOTOS = 64
 """Photos that a precision's classes are compared on."""
@@ -130,13 +129,18 @@ class Classification:
 
         return predict_file(model, image, output, **prompt)
 
-    def compare(self, source: Any, models: Sequence[Any], dataset: Dataset) -> list[float]:
-        """Share of the photos for which each finds the source's own class likeliest."""
+    def judge(self, source: Any, dataset: Dataset) -> Judge:
+        """Share of the photos for which the source's own class is found likeliest; labels or not."""
         from edgekd.data import Subset
         from edgekd.tasks.classification import scoring
+        from edgekd.tasks.evaluation import Judge
 
         photos = dataset if len(dataset) <= PHOTOS else Subset(dataset, range(PHOTOS))
-        return [(scoring.evaluate(model, photos, teacher=source).teacher_agreement or {})["top1"] for model in models]
+
+        def same(model: Any) -> float:
+            return (scoring.evaluate(model, photos, teacher=source).teacher_agreement or {})["top1"]
+
+        return Judge(same, same, len(photos), len(photos), "share of photos with the same likeliest class")
 
 
 task = Classification()

@@ -2,7 +2,6 @@
 segmenter, a matcher or a search, is the user's."""
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from edgekd.protocols import Component, Dataset
     from edgekd.tasks.dense_features.exported import ArtifactFeatures
     from edgekd.tasks.dense_features.parity import Reference
-    from edgekd.tasks.evaluation import Evaluation
+    from edgekd.tasks.evaluation import Evaluation, Judge
 
 PHOTOS = 32
 """Photos that a precision's features are compared on."""
@@ -119,13 +118,18 @@ class DenseFeatureMaps:
         raise UsageError(f"'{model.name}' gives features, {model.embed_dim} a cell, and no answer that could be shown",
                          hint="evaluate it against its teacher (edgekd evaluate), or open it in code: edgekd.runtime.open_artifact(FOLDER).embed(images)")
 
-    def compare(self, source: Any, models: Sequence[Any], dataset: Dataset) -> list[float]:
-        """Mean cosine of each one's features with the source's own."""
+    def judge(self, source: Any, dataset: Dataset) -> Judge:
+        """Mean cosine of the features with the source's own."""
         from edgekd.data import Subset
         from edgekd.tasks.dense_features import scoring
+        from edgekd.tasks.evaluation import Judge
 
         photos = dataset if len(dataset) <= PHOTOS else Subset(dataset, range(PHOTOS))
-        return [scoring.evaluate(model, photos, teacher=source).metrics["cosine"] for model in models]
+
+        def cosine(model: Any) -> float:
+            return float(scoring.evaluate(model, photos, teacher=source).metrics["cosine"])
+
+        return Judge(cosine, cosine, len(photos), len(photos), "mean cosine of the features")
 
 
 task = DenseFeatureMaps()

@@ -14,13 +14,10 @@ if TYPE_CHECKING:
     from edgekd.artifact import Manifest
     from edgekd.checkpoint import Meta
     from edgekd.protocols import Component, Dataset
+    from edgekd.tasks.evaluation import Judge
     from edgekd.tasks.promptable.exported import ArtifactModel
     from edgekd.tasks.promptable.parity import Reference
     from edgekd.tasks.promptable.predict import Prediction
-
-
-PHOTOS = 8
-"""Photos that a precision's masks are compared on."""
 
 
 class PromptableSegmentation:
@@ -173,14 +170,11 @@ class PromptableSegmentation:
             raise UsageError("there is no file to write the mask to", hint="give one with --output mask.png")
         return predict_file(model, image, output, **prompt)
 
-    def compare(self, source: Any, models: Sequence[Any], dataset: Dataset) -> list[float]:
-        """mIoU of boxes around the source's own masks of everything."""
-        from edgekd.data import Subset
-        from edgekd.tasks.promptable import scoring
-        from edgekd.tasks.promptable.pseudo import pseudo_label
+    def judge(self, source: Any, dataset: Dataset) -> Judge:
+        """mIoU of boxes and centre clicks, and the overlap with the source's own masks."""
+        from edgekd.tasks.promptable.judging import judge
 
-        photos = pseudo_label(source, dataset if len(dataset) <= PHOTOS else Subset(dataset, range(PHOTOS)))
-        return [scoring.evaluate(model, photos).metrics["box_miou"] for model in models]
+        return judge(source, dataset)
 
 
 task = PromptableSegmentation()

@@ -20,7 +20,7 @@ from edgekd.models.point_embedding import FILE, PointEmbedding
 from edgekd.parity import EXACT, Limits, difference, sound, too_far
 from edgekd.probes import COUNTS, KINDS, Probe, probe
 from edgekd.protocols import Component, Promptable, Session
-from edgekd.runtime import as_array
+from edgekd.runtime import as_array, fingerprint_of
 from edgekd.tasks.promptable.exported import official_inputs
 
 LOSSY = {
@@ -110,6 +110,10 @@ class _OnePromptEach:
         for s in self._samples:
             yield from official_inputs(s["image_embeddings"], s["point_coords"], s["point_labels"], s["mask_input"], s["has_mask"])
 
+    def fingerprint(self) -> str | None:
+        """See `edgekd.runtime.fingerprint_of`."""
+        return fingerprint_of(self._samples, "one prompt each")
+
 
 class _Embedded:
     """Calibration inputs of the batched decoder, their points embedded. Re-iterable."""
@@ -119,6 +123,10 @@ class _Embedded:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return (self._embedding.inputs(s) for s in self._samples)
+
+    def fingerprint(self) -> str | None:
+        """See `edgekd.runtime.fingerprint_of`."""
+        return fingerprint_of(self._samples, self._embedding.encode().decode())
 
 
 class BehindEmbedding:

@@ -2,7 +2,6 @@
 what it is good for only its owner can say, so nothing here evaluates it, shows its answers or distils it."""
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -93,7 +92,7 @@ class Tensors:
         """Raises UsageError."""
         _numbers_only(model.name, "has no answer that could be shown")
 
-    def compare(self, source: Any, models: Sequence[Any], dataset: Dataset) -> NoReturn:
+    def judge(self, source: Any, dataset: Dataset) -> NoReturn:
         """Raises UsageError."""
         _numbers_only(source.name, "cannot be compared on photos")
 

@@ -1,0 +1,112 @@
+"""int8 with trained ranges: FakeQuantize at the input and the weight of each layer that has a grid. OpenVINO executes such a layer in 8 bits.
+
+The levels are those that training rounded to: 256 between the ends of an activation, 0 being one of them; of a weight 255 around 0, a step for every
+output channel. Outputs are not rounded: where they are, the plugin computes many of these roundings as operators of their own, and gets the sums of several
+heads wrong by more than a rounding (2026.4.1). Weights lie on their grid already and stay what they are: fifteen levels (w4a8) are seven steps on either side in 8 bits.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.export._openvino_layers import by_name, operators, read
+
+from edgekd.errors import EdgekdError
+from edgekd.tuning import Tuning
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LEVELS = 256
+MOST = 127
+CHANNELS = {"Convolution": (0,), "GroupConvolution": (0, 1), "ConvolutionBackpropData": (1,), "GroupConvolutionBackpropData": (0, 2)}
+"""operator -> the axes of its weight that are output channels"""
+COARSE = 7
+EXACT = 1e-3
+"""of a step: how far from a level a weight may lie"""
+
+
+def with_grids(source: Path, where: str, tuning: Tuning) -> tuple[Any, dict[str, list[str]]]:
+    """The model of a float ONNX file with every layer of `tuning.grids` quantized, and layer -> friendly names of its operators.
+
+    Raises:
+        EdgekdError: OpenVINO cannot read it, or no layer of it has a grid.
+    """
+    model = read(source, where, folded=True)
+    layers = operators(model, source)
+    known, done = by_name(model), 0
+    for layer, names in layers.items():
+        grid = tuning.grids.get(layer)
+        if grid is None or grid.input is None or layer in tuning.keep:
+            continue
+        for name in names:
+            _quantize(known[name], grid.input, coarse=tuning.weight_bits < 8)
+            done += 1
+    if not done:
+        raise EdgekdError("none of its layers has trained ranges", where=where, hint="train it with a quantization-aware recipe first")
+    from openvino._offline_transformations import compress_quantize_weights_transformation
+
+    model.validate_nodes_and_infer_types()
+    compress_quantize_weights_transformation(model)
+    return model, layers
+
+
+def _quantize(op: Any, ends: tuple[float, float], *, coarse: bool) -> None:
+    """Round an operator's input and weight, in place."""
+    op.input(0).replace_source_output(_leveled(op.input_value(0), ends))
+    weight = op.input_value(1).get_node()
+    op.input(1).replace_source_output(_stepped(weight, step_of(weight.get_data(), channels(op), coarse=coarse)))
+
+
+def channels(op: Any) -> tuple[int, ...]:
+    """The axes of an operator's weight that are its output channels."""
+    kind = op.get_type_name()
+    if kind != "MatMul":
+        return CHANNELS[kind]
+    last = len(op.input(1).get_partial_shape()) - 1
+    return (last - 1 if op.get_attributes()["transpose_b"] else last,)
+
+
+def step_of(weight: np.ndarray, axes: tuple[int, ...], *, coarse: bool = False) -> np.ndarray:
+    """The step of each output channel, in a shape that broadcasts over the weight: max|w| / 127; where the weights are whole multiples, up to seven, of a
+    larger step (`coarse`), that one."""
+    import numpy as np
+
+    other = tuple(i for i in range(weight.ndim) if i not in axes)
+    most = np.abs(weight).max(other, keepdims=True).astype(np.float64)
+    step = np.maximum(most / MOST, 1e-12)
+    if not coarse:
+        return step
+    for parts in range(COARSE, 0, -1):
+        larger = np.maximum(most / parts, 1e-12)
+        levels = weight / larger
+        exact = (np.abs(levels - np.rint(levels)) < EXACT).all(other, keepdims=True)
+        step = np.where(exact, larger, step)
+    return step
+
+
+def _stepped(weight: Any, step: np.ndarray) -> Any:
+    """A weight at whole multiples of its steps, at most 127 from 0."""
+    from openvino import opset13 as ops
+
+    ends = [ops.constant((sign * MOST * step).astype("float32")) for sign in (-1, 1, -1, 1)]
+    return ops.fake_quantize(weight, *ends, levels=2 * MOST + 1).output(0)
+
+
+def _leveled(value: Any, ends: tuple[float, float]) -> Any:
+    """A value at 256 levels between the ends, moved so that 0 is one of them."""
+    import numpy as np
+    from openvino import opset13 as ops
+
+    low, high = min(ends[0], 0.0), max(ends[1], 0.0)
+    step = max((high - low) / (LEVELS - 1), 1e-8)
+    zero = round(-low / step)
+    least, most = (ops.constant(np.float32(level * step)) for level in (-zero, LEVELS - 1 - zero))
+    return ops.fake_quantize(value, least, most, least, most, levels=LEVELS).output(0)
+
+
+def quantized_layers(model: Any, layers: Mapping[str, list[str]]) -> list[str]:
+    """Layers whose operators all compute on quantized inputs."""
+    known = by_name(model)
+    return [layer for layer, names in layers.items() if all(known[n].input_value(0).get_node().get_type_name() == "FakeQuantize" for n in names if n in known)]
