@@ -45,7 +45,7 @@ def searched(model: str, format: str, folder: Path, ranks: dict[str, Sensitivity
     """All precisions of one model in one format: paths, schemes and methods; a row that failed has its reason."""
     bench = comparing.bench(model, format, targets.resolve("host"), open_data(CALIBRATION), folder, 32)
     if model not in ranks:
-        ranks[model] = mixing.ranked(bench)
+        ranks[model] = mixing.ranked(bench)  # of torch modules: the same for every format
     found = mixing.search(bench, ranks[model], mixing.Budget(MAX_DROP))
     rows = [{"method": "float" if schemes.parse(r["scheme"]).scheme.is_float else "plain" if r["scheme"] == mixing.INTEGER else "tried"} | r for r in found["candidates"]]
     rows += [{"scheme": text, "method": "tried", "status": "failed", "reason": why} for text, why in found["failed"].items()]
@@ -61,11 +61,11 @@ def searched(model: str, format: str, folder: Path, ranks: dict[str, Sensitivity
 
 def with_figures(rows: Sequence[Row], data: Any) -> list[Row]:
     """The rows with accuracy on held-out photos and latencies in turns, all against the first (fp32)."""
-    paths = {r["id"]: Path(r["path"]) for r in rows if r["status"] == "ok"}
+    paths = {r["id"]: Path(r["path"]) for r in rows if r["status"] == "ok" and r["method"] != "tried"}
     scores = {name: scoring.evaluate(open_artifact(path), data, metrics=("box", "center"), max_instances=INSTANCES).metrics for name, path in paths.items()}
-    timed = {n: dict(zip(paths, profile_many(list(paths.values()), threads=n, warmup=3, repeats=30, memory=False), strict=True)) for n in (1, None)}
+    timed = {n: dict(zip(paths, profile_many(list(paths.values()), threads=n, warmup=3, repeats=30, max_seconds=3.0, memory=False), strict=True)) for n in (1, None)}
     first = rows[0]["id"]
-    return [r | _figures(r["id"], first, scores, timed) if r["status"] == "ok" else r for r in rows]
+    return [r | _figures(r["id"], first, scores, timed) if r.get("id") in paths else r for r in rows]
 
 
 def _figures(name: str, first: str, scores: Mapping[str, Mapping[str, float]], timed: Mapping[Any, Mapping[str, Any]]) -> Row:

@@ -191,7 +191,7 @@ class _Job:
         if self.exporter.availability().runs:
             session = self.exporter.open(path, scheme=scheme, threads=self.threads)
             parity = self._compare(part, fitted(session, inputs, outputs, fixed), scheme)
-            if scheme in ("fp32", "fp16", "bf16") and scheme not in session.executed_precision.split("+"):
+            if not _executes(scheme, session.executed_precision):
                 note = f"{note + '; ' if note else ''}asked for {scheme}, and the runtime executes {session.executed_precision}"
             return ArtifactComponent(**about, parity=parity, note=note, executed_precision=session.executed_precision,
                                      executed_ops=session.executed_ops, kept_fp32=getattr(session, "kept_fp32", {}))
@@ -215,6 +215,14 @@ class _Job:
             raise EdgekdError(f"the exported {part.name} is not the student any more in {scheme}: {reason}", where=self.exporter.format,
                               hint="try another format or scheme; the file was not kept")
         return parity | {"passed": reason is None}
+
+
+def _executes(scheme: str, precision: str) -> bool:
+    """Whether the precision that a runtime executes is what a scheme asks for."""
+    known, found = schemes.get(scheme), precision.split("+")
+    if known.ranges != "float":
+        return any(p.startswith(("int", "fp8")) for p in found)
+    return not known.is_float or scheme in found
 
 
 def _told(tuning: Tuning) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def ranked(found: Bench) -> Sensitivity:
 
 
 def auto(*, model: str | Path, format: str, target: Target, data: str | Path | None, output: Path, limit: int, budget: Budget) -> dict[str, Any]:
-    """The fastest precision within a budget, with everything that was tried and the Pareto set of drop and latency.
+    """The fastest precision within a budget, with everything that was tried and the Pareto set of disagreement and latency.
 
     Raises:
         UsageError: as `rank`.
@@ -215,12 +215,13 @@ def _ms(row: dict[str, Any]) -> float:
 
 
 def pareto(rows: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """The rows that no other beats in both drop and latency (size, where latency is not known), fastest first."""
+    """The rows that no other beats in both disagreement with the float model and latency (size, where that is not known), fastest first. Not in drop, of
+    which a few photos see so little that chance would choose."""
     def cost(row: dict[str, Any]) -> float:
         return float(row["latency_ms"]["p50"] if row["latency_ms"] else row["size_bytes"])
 
     keys = ("id", "path", "scheme", metric, "disagreement", "latency_ratio", "size_ratio", "size_bytes", "verdict")
-    best = front(rows, cost, lambda r: -max(0.0, r[metric] or 0.0))
+    best = front(rows, cost, lambda r: -r["disagreement"])
     return [{k: r[k] for k in keys} | {"p50_ms": r["latency_ms"]["p50"] if r["latency_ms"] else None, "kept_float": len(r["kept_float"])} for r in best]
 
 

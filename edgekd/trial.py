@@ -69,7 +69,7 @@ def export(bench: Bench, row: CandidateRow, student: Sam, source: str) -> Candid
     """
     folder = bench.artifact(row.id)
     needs = schemes.parse(row.scheme).looks_at_inputs
-    key = fingerprint([source, row.id, row.trained, bench.target.qdq(row.format), bench.calibration.fingerprint() if needs else None])
+    key = fingerprint([source, row.id, row.trained, bench.target.qdq(row.format), [bench.calibration.fingerprint(), bench.recipe.quantization.calibration_images] if needs else None])
     known = bench.ledger.known("export", key)
     if known and (known["status"] == "failed" or _whole(folder)):
         bench.ledger.reused += 1

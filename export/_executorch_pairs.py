@@ -14,7 +14,7 @@ from edgekd.tuning import Grid, layer_name
 if TYPE_CHECKING:
     import torch
 
-MOST = 2.0**30
+MOST = 2.0**29
 """Steps that a bias may take of its 32 bits."""
 
 

@@ -100,7 +100,8 @@ def quantize(source: str, output: str, scheme: str, samples: str = "", ranges: s
     result = made.quantize(seen or None, enable_progress_report=False)
     if result.quantized_model is None:
         raise EdgekdError("the quantizer returned no file")
-    Path(output).write_bytes(result.quantized_model)
+    file = bytes(result.quantized_model)
+    Path(output).write_bytes(_litert_ranges.through_float(file) if scheme.endswith("_qat") else file)
     return {"operators": len(graph.arithmetic)}
 
 

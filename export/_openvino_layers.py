@@ -1,7 +1,8 @@
 """A component's layers in an OpenVINO model: which operators they are, and the float type that each is executed in.
 
 The model is read from the ONNX graph of `export/onnx.py`, whose nodes say which module they came from. OpenVINO calls an operator as the node, or
-`NAME/WithoutBiases` where the node had a bias; the operator of a transposed convolution with a bias is renamed, its sum keeps the name.
+`NAME/WithoutBiases` where the node had a bias. A transposed convolution with a bias gets a name that changes from reading to reading: it is called as
+the others are.
 """
 from __future__ import annotations
 
@@ -49,6 +50,9 @@ def read(file: Path, where: str, *, folded: bool = False) -> Any:
         model = openvino().Core().read_model(str(file))
     except RuntimeError as e:
         raise EdgekdError(f"OpenVINO cannot read the component: {said(e)}", where=where) from e
+    for op in model.get_ordered_ops():
+        if "Backprop" in op.get_type_name() and op.get_friendly_name().startswith(op.get_type_name()) and (bias := bias_of(op)) is not None:
+            op.set_friendly_name(f"{bias.get_friendly_name()}/WithoutBiases")
     if folded:
         from openvino.passes import ConstantFolding, Manager
 
@@ -67,8 +71,7 @@ def operators(model: Any, source: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for op in model.get_ordered_ops():
         if op.get_type_name() in OPERATORS:
-            node = next((n for n in (_node(op), *(_node(reader) for reader in readers(op))) if n in layers), None)
-            for layer in layers.get(node or "", ()):
+            for layer in layers.get(_node(op), ()):
                 found.setdefault(layer, []).append(op.get_friendly_name())
     return found
 

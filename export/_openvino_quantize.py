@@ -55,7 +55,9 @@ class Job:
 def quantize(job: Job) -> tuple[Any, dict[str, list[str]]]:
     """The quantized model, and layer -> friendly names of its operators.
 
-    Variants that differ in `tuning.keep` alone share one quantization where calibration inputs say what they are (`fingerprint()`).
+    Variants that differ in `tuning.keep` alone share one quantization where calibration inputs say what they are (`fingerprint()`), and are what a
+    quantization of their own gives, but for one thing: where the first layer is kept, NNCF would halve the levels of the one behind it instead (its way
+    not to overflow on CPUs without VNNI), and a variant does not.
 
     Raises:
         UsageError: calibration inputs are none, not finite or constant.

@@ -1,8 +1,9 @@
 """int8 with trained ranges: FakeQuantize at the input and the weight of each layer that has a grid. OpenVINO executes such a layer in 8 bits.
 
 The levels are those that training rounded to: 256 between the ends of an activation, 0 being one of them; of a weight 255 around 0, a step for every
-output channel. Outputs are not rounded: where they are, the plugin computes many of these roundings as operators of their own, and gets the sums of several
-heads wrong by more than a rounding (2026.4.1). Weights lie on their grid already and stay what they are: fifteen levels (w4a8) are seven steps on either side in 8 bits.
+output channel. Outputs are not rounded: where they are, the plugin computes many of these roundings as operators of their own, and what several mask heads
+concatenate was off by seventeen roundings (2026.4.1). Weights lie on their grid already and stay what they are, also the fifteen levels of w4a8: training
+has put them on those of 8 bits.
 """
 from __future__ import annotations
 
@@ -22,9 +23,6 @@ LEVELS = 256
 MOST = 127
 CHANNELS = {"Convolution": (0,), "GroupConvolution": (0, 1), "ConvolutionBackpropData": (1,), "GroupConvolutionBackpropData": (0, 2)}
 """operator -> the axes of its weight that are output channels"""
-COARSE = 7
-EXACT = 1e-3
-"""of a step: how far from a level a weight may lie"""
 
 
 def with_grids(source: Path, where: str, tuning: Tuning) -> tuple[Any, dict[str, list[str]]]:
@@ -41,7 +39,7 @@ def with_grids(source: Path, where: str, tuning: Tuning) -> tuple[Any, dict[str,
         if grid is None or grid.input is None or layer in tuning.keep:
             continue
         for name in names:
-            _quantize(known[name], grid.input, coarse=tuning.weight_bits < 8)
+            _quantize(known[name], grid.input)
             done += 1
     if not done:
         raise EdgekdError("none of its layers has trained ranges", where=where, hint="train it with a quantization-aware recipe first")
@@ -52,11 +50,11 @@ def with_grids(source: Path, where: str, tuning: Tuning) -> tuple[Any, dict[str,
     return model, layers
 
 
-def _quantize(op: Any, ends: tuple[float, float], *, coarse: bool) -> None:
+def _quantize(op: Any, ends: tuple[float, float]) -> None:
     """Round an operator's input and weight, in place."""
     op.input(0).replace_source_output(_leveled(op.input_value(0), ends))
     weight = op.input_value(1).get_node()
-    op.input(1).replace_source_output(_stepped(weight, step_of(weight.get_data(), channels(op), coarse=coarse)))
+    op.input(1).replace_source_output(_stepped(weight, step_of(weight.get_data(), channels(op))))
 
 
 def channels(op: Any) -> tuple[int, ...]:
@@ -68,22 +66,12 @@ def channels(op: Any) -> tuple[int, ...]:
     return (last - 1 if op.get_attributes()["transpose_b"] else last,)
 
 
-def step_of(weight: np.ndarray, axes: tuple[int, ...], *, coarse: bool = False) -> np.ndarray:
-    """The step of each output channel, in a shape that broadcasts over the weight: max|w| / 127; where the weights are whole multiples, up to seven, of a
-    larger step (`coarse`), that one."""
+def step_of(weight: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """The step of each output channel, max|w| / 127, in a shape that broadcasts over the weight."""
     import numpy as np
 
     other = tuple(i for i in range(weight.ndim) if i not in axes)
-    most = np.abs(weight).max(other, keepdims=True).astype(np.float64)
-    step = np.maximum(most / MOST, 1e-12)
-    if not coarse:
-        return step
-    for parts in range(COARSE, 0, -1):
-        larger = np.maximum(most / parts, 1e-12)
-        levels = weight / larger
-        exact = (np.abs(levels - np.rint(levels)) < EXACT).all(other, keepdims=True)
-        step = np.where(exact, larger, step)
-    return step
+    return np.maximum(np.abs(weight).max(other, keepdims=True).astype(np.float64) / MOST, 1e-12)
 
 
 def _stepped(weight: Any, step: np.ndarray) -> Any:

@@ -68,9 +68,9 @@ class Watched:
 def key_of(file: Path, samples: object) -> str | None:
     """Changes with the graph's content and the samples'; None when the samples do not say what they are."""
     told = getattr(samples, "fingerprint", None)
-    if not callable(told):
+    if not callable(told) or (own := told()) is None:  # what is around samples that do not say it does not know it either
         return None
-    digest = hashlib.sha256(str(told()).encode())
+    digest = hashlib.sha256(str(own).encode())
     for part in (file, file.with_name(f"{file.name}.data")):
         if part.exists():
             with part.open("rb") as stream:

@@ -120,7 +120,8 @@ def _spread(component: Component, calibration: Iterable[Mapping[str, np.ndarray]
     import numpy as np
 
     for i, sample in enumerate(looked_at(component, calibration)):
-        np.savez(folder / f"{i:06}.npz", **{name: np.ascontiguousarray(sample[name], dtype=np.float32) for name in component.example})
+        arrays: dict[str, Any] = {name: np.ascontiguousarray(sample[name], dtype=np.float32) for name in component.example}
+        np.savez(folder / f"{i:06}.npz", **arrays)
 
 
 def _ask(component: Component, function: str, request: dict[str, Any], what: str) -> None:

@@ -262,7 +262,7 @@ def test_a_diverged_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("options", "error", "text"), [
     ({"format": "onxx", "scheme": "fp32"}, UsageError, "unknown format"),
-    ({"format": "onnx", "scheme": "fp31"}, UsageError, "unknown onnx scheme"),
+    ({"format": "onnx", "scheme": "fp31"}, UsageError, "unknown scheme"),
     ({"format": "onnx", "scheme": "w8a8_static"}, UsageError, "calibration images"),
 ])
 def test_wrong_usage_is_told_before_anything_starts(tmp_path, options, error, text):

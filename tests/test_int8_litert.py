@@ -92,9 +92,8 @@ def test_a_bias_of_a_channel_without_weights_survives(tmp_path):
     assert error(answer(written(chain(), tmp_path, granularity="tensor"), inputs), wanted) < 0.03
 
 
-@pytest.mark.parametrize(("scheme", "twice", "most"), [("w8a8_qat", True, 5e-3), ("w4a8_qat", False, 1e-3)])
-def test_trained_ranges_are_written_as_they_are_and_compute_what_was_trained(tmp_path, scheme, twice, most):
-    """From levels straight to other levels XNNPACK goes with 8 bits of their ratio: a few values are one level off."""
+@pytest.mark.parametrize(("scheme", "twice"), [("w8a8_qat", True), ("w4a8_qat", False)])
+def test_trained_ranges_are_written_as_they_are_and_compute_what_was_trained(tmp_path, scheme, twice):
     part, grids = trained(twice=twice)
     path = written(part, tmp_path, scheme, grids=grids)
     for name, (reads, weight, writes) in levels(path).items():
@@ -105,7 +104,7 @@ def test_trained_ranges_are_written_as_they_are_and_compute_what_was_trained(tmp
     for inputs in photos(3):
         with torch.no_grad(), simulated(part.module, grids):
             rounded = part.module(torch.from_numpy(inputs["images"])).numpy()
-        assert error(answer(path, inputs), rounded) < most < error(rounded, expected(part, inputs)[0])
+        assert error(answer(path, inputs), rounded) < 1e-3 < error(rounded, expected(part, inputs)[0])
 
 
 def test_layers_without_trained_ranges_stay_in_float(tmp_path):

@@ -159,6 +159,10 @@ def test_step__its_gradient_by_hand_and_where_it_starts() -> None:
     assert error(fake_quant.Step(many, 4, 0)(many)) < error((many / widest).round() * widest)
 
 
+CELLS = {"squeeze", "excite"}
+"""Of the tiny encoder, convolutions of a pooled map."""
+
+
 # --- training ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -200,18 +204,18 @@ def test_stage__four_bits_cost_much_less_after_training(teacher: Sam, source: So
     images, folded = frames(source, student), fold(student)
     with torch.no_grad():
         wanted = student.embed(images)
-        seen = rounding.observed(folded.encoder, [images], folded.encoder)
+        seen = {name: grid for name, grid in rounding.observed(folded.encoder, [images], folded.encoder).items() if name not in CELLS}
     before = error(folded, wanted, images, seen, bits=4)
     trained = train(student, teacher, source, tmp_path, stage(bits=4))
     after = error(trained, wanted, images)
     assert set(rounding.grids_of(trained.encoder)) == set(seen) and after < 0.6 * before
-    assert all(len(row.unique()) <= 15 for layer in rounding.layers(trained.encoder).values() for row in layer.weight)  # type: ignore[attr-defined, union-attr]
+    assert all(len(row.unique()) <= 15 for name, layer in rounding.layers(trained.encoder).items() for row in layer.weight if name not in CELLS)  # type: ignore[attr-defined, union-attr]
 
 
 def test_stage__ranges_are_tied_hold_zero_and_lie_on_levels(teacher: Sam, source: Source, tmp_path: Path) -> None:
     trained = train(tiny.tiny_sam(1), teacher, source, tmp_path, stage().model_copy(update={"steps": 6}))
     grids = rounding.grids_of(trained.encoder)
-    assert grids["squeeze"].output == grids["excite"].input and grids["squeeze"].output[0] == 0.0, "a ReLU between them"  # type: ignore[index]
+    assert not CELLS & set(grids), "maps of one cell stay in float"
     assert grids["stem.0"].output != grids["stem.2"].input, "a GELU between them"
     for grid in grids.values():
         for low, high in (grid.input, grid.output):  # type: ignore[misc]
@@ -225,7 +229,7 @@ def test_export__the_integer_file_is_what_was_trained(teacher: Sam, source: Sour
     trained = train(tiny.tiny_sam(1), teacher, source, tmp_path, stage(bits=bits).model_copy(update={"steps": 10}))
     manifest = exporting.export_model(trained, tmp_path / "artifact", format="onnx", scheme=f"w{bits}a8_qat", gate=False)
     artifact, images = open_artifact(tmp_path / "artifact"), frames(source, trained)
-    assert manifest.components["encoder"].executed_ops["QLinearConv"] == len(rounding.layers(trained.encoder))
+    assert manifest.components["encoder"].executed_ops["QLinearConv"] == len(rounding.grids_of(trained.encoder)) == len(rounding.layers(trained.encoder)) - len(CELLS)
     with torch.no_grad(), rounding.simulated(trained):
         own = trained.embed(images).numpy()
     found, plain = artifact.embed(images.numpy()), trained.embed(images).detach().numpy()
@@ -253,7 +257,7 @@ def test_export__a_transformer_trained_on_its_attentions(teacher: Sam, source: S
 def test_parity__a_file_with_other_ranges_does_not_pass(teacher: Sam, source: Source, tmp_path: Path) -> None:
     trained = train(tiny.tiny_sam(1), teacher, source, tmp_path, stage().model_copy(update={"steps": 2}))
     other = copy.deepcopy(trained)
-    for layer in rounding.layers(other.encoder).values():
+    for layer in (rounding.layers(other.encoder)[name] for name in rounding.grids_of(other.encoder)):
         low, high = layer.grid.output  # type: ignore[union-attr, misc]
         layer.grid = Grid(layer.grid.input, (low / 4, high / 4))  # type: ignore[union-attr, assignment, arg-type]
     exporting.export_model(other, tmp_path / "artifact", format="onnx", scheme="w8a8_qat", gate=False)

@@ -53,6 +53,21 @@ def ranges(module: nn.Module, run: Callable[[], Any]) -> list[Group]:
     return seen.groups()
 
 
+@torch.no_grad()
+def cells(module: nn.Module, run: Callable[[], Any]) -> set[str]:
+    """Convolutions that `run()` calls on maps of a single cell (squeeze and excitation), which exporters leave in float too: going to integers and back
+    costs more than they do."""
+    found: set[str] = set()
+    hooks = [layer.register_forward_pre_hook(lambda _, given, name=name: found.add(name) if given[0].ndim == 4 and given[0].shape[-2:] == (1, 1) else None)
+             for name, layer in layers(module).items()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 class _Trace(TorchFunctionMode):
     """Who reads which tensor while it is on."""
 

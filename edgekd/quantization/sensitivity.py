@@ -22,7 +22,7 @@ from edgekd.tuning import Grid
 
 ENOUGH = 0.1
 """The cumulative walk ends where this share of the whole drop is left."""
-MOST_KEPT = 32
+MOST_KEPT = 16
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class FakeQuant(Controller):
         images, chosen = setup.context.images[:1], chosen_layers(student, self.skip, setup.where, self.name)
         groups = tying.ranges(student, lambda: taps.outputs(student, images))
         called = {name for group in groups for name, _ in group.places}
+        called -= tying.cells(student, lambda: taps.outputs(student, images))  # a level more in one of them is a level more in a whole channel
         chosen = {path: m for path, m in chosen.items() if path in called}  # others lend their weight to a function that rounds nothing
         self._held = (chosen,)
         for group in groups if self.activations else ():

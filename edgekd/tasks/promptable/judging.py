@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgekd.data import Subset
+from edgekd.data.images import Frame, preprocess
 from edgekd.data.prompts import Prompts, boxes_from_masks, center_clicks
 from edgekd.errors import UsageError
 from edgekd.protocols import Dataset
@@ -46,13 +47,17 @@ def judge(source: Any, dataset: Dataset, *, most: int = PHOTOS) -> Judge:
 
 
 class _Questions:
-    """Boxes and clicks on every photo, and the source's own answers, one bit a cell."""
+    """Boxes and clicks on every photo, ready for models with the source's preprocessing, and the source's own answers, one bit a cell."""
 
     def __init__(self, source: Any, photos: Dataset) -> None:
-        self._photos = photos
-        truths = [scoring.choose_instances(photos[i], scoring.MAX_INSTANCES, scoring.MIN_AREA, 0) for i in range(len(photos))]
-        self._asked = [[Prompts.boxes(boxes_from_masks(t)), Prompts.clicks(center_clicks(t))] if len(t) else [] for t in truths]
-        self.instances = sum(map(len, truths))
+        self._asked: list[tuple[tuple[np.ndarray, Frame], tuple[Prompts, Prompts]]] = []
+        self.instances = 0
+        for i in range(len(photos)):
+            sample = photos[i]
+            truth = scoring.choose_instances(sample, scoring.MAX_INSTANCES, scoring.MIN_AREA, 0)
+            if len(truth):
+                self.instances += len(truth)
+                self._asked.append((preprocess(sample.image, source.preprocess), (Prompts.boxes(boxes_from_masks(truth)), Prompts.clicks(center_clicks(truth)))))
         if not self.instances:
             raise UsageError(f"nothing to ask for: '{photos.name}' has no instance that is large enough", hint="give photos with something in them")
         self._own = self._answers(source)
@@ -69,10 +74,10 @@ class _Questions:
     def _answers(self, model: Any) -> list[tuple[np.ndarray, tuple[int, ...]]]:
         predictor = ModelPredictor(model)
         found = []
-        for i, questions in enumerate(self._asked):
-            state = predictor.start(self._photos[i].image) if questions else None
+        for photo, questions in self._asked:
+            state = predictor.embed(*photo)
             for prompts in questions:
-                logits, iou = predictor.decode(state, prompts)  # type: ignore[arg-type]
+                logits, iou = predictor.decode(state, prompts)
                 masks = logits[np.arange(len(prompts)), select(iou, prompts.single_click, predictor.rule)] > THRESHOLD
                 found.append((np.packbits(masks), masks.shape))
         return found

@@ -72,7 +72,10 @@ class ModelPredictor:
 
     def start(self, image: np.ndarray) -> tuple[Any, Frame]:
         """(H, W, 3) uint8 -> the embedding and the photo's frame."""
-        pixels, frame = preprocess(image, self.model.preprocess)
+        return self.embed(*preprocess(image, self.model.preprocess))
+
+    def embed(self, pixels: np.ndarray, frame: Frame) -> tuple[Any, Frame]:
+        """The same from what preprocessing gives: (3, S, S) float32 and the photo's frame."""
         with inference(self.model):
             return self.model.embed(as_input(self.model, pixels[None])), frame
 
