@@ -92,8 +92,8 @@ def _converted(program: Program, calibration: Samples | None, tuning: Tuning) ->
     if calibration is None:
         prepared(*program.component.example.values())  # weights are observed in a call too
     else:
-        fingerprint = getattr(calibration, "fingerprint", None)
-        key = f"{program.key} {fingerprint()} {tuning.method} {tuning.naive}" if callable(fingerprint) else None
+        known = fingerprint() if callable(fingerprint := getattr(calibration, "fingerprint", None)) else None
+        key = f"{program.key} {known} {tuning.method} {tuning.naive}" if known else None
         if key is None:
             _show(prepared, program, calibration)
         else:

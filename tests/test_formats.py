@@ -79,11 +79,11 @@ class FixedOnnx(OnnxExporter):
 
     format, fixed_shapes = "fixed", True
 
-    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
+    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8", **tuned: Any) -> list[Path]:
         assert not component.dynamic
         for sample in calibration or []:
             assert {n: v.shape for n, v in sample.items()} == {n: tuple(v.shape) for n, v in component.example.items()}
-        return super().export(component, path, scheme=scheme, calibration=calibration, qdq=qdq)
+        return super().export(component, path, scheme=scheme, calibration=calibration, qdq=qdq, **tuned)
 
 
 class Interpreted(OnnxSession):
@@ -112,10 +112,10 @@ class EncodersOnly(OnnxExporter):
 
     format, beside, refuses = "encoders", "onnx", "decoder"
 
-    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8") -> list[Path]:
+    def export(self, component: Component, path: Path, *, scheme: str, calibration: Any = None, qdq: str = "u8s8", **tuned: Any) -> list[Path]:
         if component.name == self.refuses:
             raise CannotTake("it attends", where=component.name)
-        return super().export(component, path.with_suffix(".enc"), scheme=scheme, calibration=calibration, qdq=qdq)
+        return super().export(component, path.with_suffix(".enc"), scheme=scheme, calibration=calibration, qdq=qdq, **tuned)
 
     suffix = ".enc"
 

@@ -78,7 +78,8 @@ def test_calibration_is_looked_at_once_for_all_variants():
         looked = 0
 
     class silent(photos):
-        fingerprint = None
+        def fingerprint(self) -> None:
+            return None
 
     for tuning in ({}, {"keep": {"features.1": "fp32"}}, {"symmetric": True}, {"granularity": "tensor"}):
         kept = graph(chain(), calibration=counted(), **tuning)
@@ -86,6 +87,7 @@ def test_calibration_is_looked_at_once_for_all_variants():
     assert counted.looked == 6, "the same photos, the same network"
     graph(chain(), calibration=counted(5))
     assert counted.looked == 11, "other photos are looked at"
+    assert levels(graph(chain(), calibration=silent(1)))["features.0"] != levels(graph(chain(), calibration=silent()))["features.0"], "nothing is kept of these"
 
 
 def test_options_reach_the_graph():
