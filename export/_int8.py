@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import onnx
 
 ARITHMETIC = ("Conv", "MatMul", "Gemm")  # what is worth quantizing
+MUCH = 0.05
+"""share of a graph's weights"""
 QDQ_STYLES: Mapping[str, Mapping[str, Any]] = {
     "u8s8": {},
     "s8s8_symmetric": {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
@@ -139,16 +142,18 @@ def quantizable(graph: onnx.ModelProto, *, dynamic: bool, varying: bool = False,
     Static activations are left in float where their length varies beyond the batch axis: in a promptable decoder those are
     the few prompt tokens, which cost nothing and break at 8 bits, while the image side carries the arithmetic. `varying` takes them too.
     So are convolutions of a single cell (squeeze and excitation): going to integers and back costs more than they do (repvit_s: 0.68 of fp32's time
-    with them, 0.53 without); on CPUs, that is: with `cells` they are taken.
+    with them, 0.53 without); on CPUs, that is: with `cells` they are taken, and where they hold much of the weights.
     """
-    constant = {t.name for t in graph.graph.initializer}
+    constant = {t.name: math.prod(t.dims) for t in graph.graph.initializer}
     shapes = {v.name: v.type.tensor_type.shape.dim for v in [*graph.graph.value_info, *graph.graph.input, *graph.graph.output]}
-    found = []
+    found, single = list[str](), dict[str, int]()
     for node in graph.graph.node:
         if node.op_type not in (("MatMul", "Gemm") if dynamic else ARITHMETIC) or node.input[1] not in constant:
             continue
         dims = list(shapes.get(node.input[0], []))
-        varies, cell = any(not d.HasField("dim_value") for d in dims[1:]), len(dims) > 2 and all(d.dim_value == 1 for d in dims[2:])
-        if dynamic or varying or not (varies or (cell and not cells and node.op_type == "Conv")):
+        if dynamic or varying or not any(not d.HasField("dim_value") for d in dims[1:]):
             found.append(node.name)
-    return found
+        if node.op_type == "Conv" and len(dims) > 2 and all(d.dim_value == 1 for d in dims[2:]):
+            single[node.name] = constant[node.input[1]]
+    few = not (cells or dynamic or varying) and sum(single.values()) < MUCH * sum(constant.values())
+    return [name for name in found if not (few and name in single)]

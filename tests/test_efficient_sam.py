@@ -166,4 +166,5 @@ def test_export__the_padding_is_in_the_graph(tmp_path: Path) -> None:
         with torch.no_grad():
             tokens, bias = module(coords, labels.float())
         out = session.run({"coords": coords.numpy(), "labels": labels.float().numpy()})
-        assert torch.allclose(torch.from_numpy(out["tokens"]), tokens, atol=1e-5) and torch.equal(torch.from_numpy(out["bias"]), bias)
+        assert torch.allclose(torch.from_numpy(out["tokens"]), tokens, atol=1e-5)
+        assert torch.equal(torch.from_numpy(out["bias"]) < -30, bias < -30), "-32 in files, -1e4 here: both are never looked at"

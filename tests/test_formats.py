@@ -142,11 +142,12 @@ def test_export__a_file_of_fixed_shapes_answers_any_prompt(formats: dict[str, An
         np.testing.assert_allclose(shipped.decode(embedding, p.points, p.labels, p.mask_input, p.has_mask)[0], masks.numpy(), atol=1e-4)
 
 
-def test_export__calibration_is_cut_to_fixed_shapes(formats: dict[str, Any], tmp_path: Path) -> None:
-    from edgekd.quantization.calibration import DecoderCalibration
+def test_export__calibration_is_cut_to_fixed_shapes(formats: dict[str, Any], photos: Path, tmp_path: Path) -> None:
+    from edgekd.data import open_data
+    from edgekd.quantization.calibration import calibrate
 
-    model, photos = tiny_sam(), [{"images": p[None]} for p in pictures(3, SIZE, np.random.default_rng(4))]
-    calibration = {"encoder": photos, "decoder": DecoderCalibration(photos, model)}  # type: ignore[arg-type]
+    model = tiny_sam()
+    calibration = calibrate(model, open_data(photos, masks=False), limit=3)
     manifest = exporting.export_model(model, tmp_path / "a", format="fixed", scheme="w8a8_static", examples=IMAGES, threads=1, calibration=calibration)
     assert manifest.components["encoder"].scheme == "w8a8_static"
 

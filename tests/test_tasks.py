@@ -19,6 +19,7 @@ from edgekd.parity import EXACT, difference, too_far
 from edgekd.protocols import PROMPTABLE, Component, Preprocess, Task
 from edgekd.runtime import TOGETHER, Opened, as_array
 from edgekd.tasks import evaluation
+from edgekd.tasks.evaluation import Judge
 
 OURS = ("classification", "dense_features", "promptable_segmentation", "tensors")
 
@@ -189,8 +190,8 @@ class Metering:
     def predict(self, model: Any, image: Path, output: Path | None, **prompt: Any) -> Any:
         raise UsageError("no")
 
-    def compare(self, source: Any, models: Any, dataset: Any) -> list[float]:
-        return [1.0 for _ in models]
+    def judge(self, source: Any, dataset: Any) -> Judge:
+        return Judge(lambda _: 1.0, lambda _: 1.0, 1, 1, "nothing")
 
 
 def test_a_new_task__is_one_object(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
