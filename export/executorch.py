@@ -4,7 +4,7 @@
     w8a8_static   torchao's PT2E with XNNPACK's quantizer: per-channel weights, activations of fixed range (`_executorch_quantize.py`)
     w8_dynamic    8-bit weights of linear layers, activations quantized at run time; a graph without them is refused
     w8a8_qat      8-bit layers with the ranges that were trained for them, all else in fp32
-    w4a8_qat      the same: 15 levels a weight, in 8 bits. XNNPACK has no kernel for a convolution with weights of 4
+    w4a8_qat      the same: 15 levels a weight, stored in 8 bits
 
 Axes are fixed. Files whose prompts vary up to a bound run as well and answer bit for bit the same, but a decoder then falls into forty delegated
 pieces in place of four, since XNNPACK cannot reshape along two such axes, and plans its memory for the longest.

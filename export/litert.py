@@ -7,7 +7,7 @@
     w8_dynamic       8-bit weights, activations quantized at run time
     w8_weight_only   8-bit weights, arithmetic in fp32
     w8a8_qat         8-bit layers with the ranges that were trained for them, all else in fp32
-    w4a8_qat         the same: 15 levels a weight, in 8 bits. XNNPACK has no kernel for a convolution with weights of 4
+    w4a8_qat         the same: 15 levels a weight, stored in 8 bits
 
 Inputs and outputs are float32 in every scheme, under the component's names in the signature `serving_default`. A file that is integer throughout, for
 NPUs, is what `ethos_u.py` compiles. Writing needs torch and the converter; running needs `ai-edge-litert` alone, as on the device.
