@@ -1,9 +1,11 @@
 """int8 with trained ranges: FakeQuantize at the input and the weight of each layer that has a grid. OpenVINO executes such a layer in 8 bits.
 
 The levels are those that training rounded to: 256 between the ends of an activation, 0 being one of them; of a weight 255 around 0, a step for every
-output channel. Outputs are not rounded: where they are, the plugin computes many of these roundings as operators of their own, and what several mask heads
-concatenate was off by seventeen roundings (2026.4.1). Weights lie on their grid already and stay what they are, also the fifteen levels of w4a8: training
-has put them on those of 8 bits.
+output channel. Weights lie on their grid already and stay what they are, also the fifteen levels of w4a8: training has put them on those of 8 bits. A bias
+is a whole number of input step x weight step, as in training; left as it is, it moves values across the border of two levels, which adds up.
+
+Outputs are not rounded. Where they are, the plugin (2026.4.1) changes what it computes beside a rounding: before residual sums and behind several
+heads that are concatenated. Without, each layer is what the simulator gives for a grid whose `output` is None.
 """
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.export._openvino_layers import by_name, operators, read
+from edgekd.export._openvino_layers import bias_of, by_name, operators, read
 
 from edgekd.errors import EdgekdError
 from edgekd.tuning import Tuning
@@ -51,10 +53,26 @@ def with_grids(source: Path, where: str, tuning: Tuning) -> tuple[Any, dict[str,
 
 
 def _quantize(op: Any, ends: tuple[float, float]) -> None:
-    """Round an operator's input and weight, in place."""
-    op.input(0).replace_source_output(_leveled(op.input_value(0), ends))
+    """Round an operator's input, weight and bias, in place."""
     weight = op.input_value(1).get_node()
-    op.input(1).replace_source_output(_stepped(weight, step_of(weight.get_data(), channels(op))))
+    step = step_of(weight.get_data(), channels(op))
+    op.input(0).replace_source_output(_leveled(op.input_value(0), ends))
+    op.input(1).replace_source_output(_stepped(weight, step))
+    if (bias := bias_of(op)) is not None:
+        _round_bias(bias, step.reshape(-1) * _spread(ends)[0])
+
+
+def _round_bias(bias: Any, step: np.ndarray) -> None:
+    """Put the constant that a sum adds on whole multiples of its channels' steps (C,), in place."""
+    import numpy as np
+    from openvino import opset13 as ops
+
+    for port in bias.inputs():
+        value = port.get_source_output().get_node()
+        if value.get_type_name() == "Constant" and value.get_data().size == step.size:
+            data = value.get_data()
+            spread = step.reshape(data.shape)
+            port.replace_source_output(ops.constant((np.rint(data / spread) * spread).astype(data.dtype)).output(0))
 
 
 def channels(op: Any) -> tuple[int, ...]:
@@ -87,11 +105,16 @@ def _leveled(value: Any, ends: tuple[float, float]) -> Any:
     import numpy as np
     from openvino import opset13 as ops
 
-    low, high = min(ends[0], 0.0), max(ends[1], 0.0)
-    step = max((high - low) / (LEVELS - 1), 1e-8)
-    zero = round(-low / step)
+    step, zero = _spread(ends)
     least, most = (ops.constant(np.float32(level * step)) for level in (-zero, LEVELS - 1 - zero))
     return ops.fake_quantize(value, least, most, least, most, levels=LEVELS).output(0)
+
+
+def _spread(ends: tuple[float, float]) -> tuple[float, int]:
+    """The distance of two levels, and the number of the level that is 0."""
+    low, high = min(ends[0], 0.0), max(ends[1], 0.0)
+    step = max((high - low) / (LEVELS - 1), 1e-8)
+    return step, round(-low / step)
 
 
 def quantized_layers(model: Any, layers: Mapping[str, list[str]]) -> list[str]:
