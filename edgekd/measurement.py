@@ -88,6 +88,17 @@ class Circumstances(_Model):
     load_average: float | None = None
     warmup: int | None = None
     repeats: int | None = None
+    soc: str | None = None
+    governor: str | None = None
+    """Of the CPU's clock: `performance`, `schedutil`, ..."""
+    clock_mhz: tuple[float, float] | None = None
+    """Of the fastest core, before and after."""
+    power_mode: str | None = None
+    """Of a Jetson (`nvpmodel`): `MAXN`, `15W`."""
+    temperature_c: tuple[float, float] | None = None
+    """Of the hottest sensor, before and after."""
+    throttled: list[str] = []
+    """What slowed the device down while it was measured, in words; empty when nothing was seen."""
 
     @classmethod
     def capture(cls, *, threads: int | None = None, precision_executed: str | None = None, warmup: int | None = None,

@@ -14,8 +14,10 @@ from typing_extensions import Self
 
 from edgekd import config, plugins
 from edgekd.config import Settings
+from edgekd.errors import unknown
 
 Transport = Literal["local", "ssh", "adb", "browser", "none"]
+WAYS = ("local", "ssh", "adb", "browser")
 QdqStyle = Literal["u8s8", "s8s8_symmetric"]
 
 
@@ -25,6 +27,17 @@ class Device(Settings):
     transport: Transport
     how: str
     """What the user has to do, in a sentence."""
+    url: str | None = None
+    """Where it is: `ssh://user@host:port`, `adb://SERIAL`; of a profile of one's own, or told by `--device`."""
+    ssh_key: Path | None = None
+    known_hosts: Path | None = None
+    """Host keys to trust instead of ~/.ssh/known_hosts."""
+    python: str | None = None
+    """The Python on the board that has its runtime; what is found there when left out."""
+    folder: str | None = None
+    """Where on the board files may lie while they are measured; its temporary folder when left out."""
+    tools: dict[str, str] = {}
+    """Programs for the device that the user supplies, by name: `benchmark_model: /path/on/this/machine`."""
 
 
 class Support(Settings):
@@ -81,8 +94,22 @@ class Target(Settings):
 
     @property
     def reachable(self) -> bool:
-        """Whether latency can be measured from here. Only the machine itself can be, in this version."""
-        return self.device.transport == "local"
+        """Whether latency can be measured from here: on this machine, in its browser, or on a board whose address is known."""
+        return self.device.transport in ("local", "browser") or self.device.url is not None
+
+    def at(self, url: str | None = None, **told: Any) -> Target:
+        """The same target at an address: `ssh://user@host:port`, `adb://SERIAL`, `browser` or `local`; `told` are further fields of `Device`.
+
+        Raises:
+            UsageError: no way leads to such an address.
+        """
+        fields = {name: value for name, value in told.items() if value is not None}
+        if url is not None:
+            scheme = url.partition("://")[0]
+            if scheme not in WAYS:
+                raise unknown("way to a device", scheme, WAYS)
+            fields |= {"transport": scheme, "url": url if "://" in url else None}
+        return self.model_copy(update={"device": self.device.model_copy(update=fields)})
 
     def qdq(self, format: str) -> str:
         """How to write int8 for a format of this device."""

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime", "parity"),  # what all tasks share; they find a task by its name (plugins.task), so that a new task is a folder and no more
     ("tasks",),
     ("distillation", "quantization", "exporting", "profiling"),
+    ("latency",),
     ("report.schema", "search", "decision"),
     ("report",),
     ("resolve", "doctor", "catalogue", "plan", "inspecting", "converting"),

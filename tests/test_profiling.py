@@ -15,7 +15,7 @@ from edgekd.profiling import Profile, everything, latency, profile, profile_many
 from edgekd.profiling.eager import profile_torch
 from edgekd.profiling.everything import profile_everything
 from edgekd.profiling.footprint import folder_bytes, peak_memory_bytes
-from edgekd.profiling.transport import Completed
+from edgekd.profiling.transport import Completed, reach
 from edgekd.profiling.transport.local import Local
 from edgekd.tasks.promptable.everything import BATCH
 
@@ -131,7 +131,7 @@ def test_folder_bytes(tmp_path):
 class Scripted:
     """A device that answers what a real runner would, and remembers what it was asked."""
 
-    name = "scripted"
+    name = "local"
 
     def __init__(self, *answers: Completed) -> None:
         self.answers, self.asked = list(answers), []
@@ -142,13 +142,19 @@ class Scripted:
     def push(self, folder):
         return f"/device/{folder.name}"
 
-    def run(self, module, arguments, *, timeout_s):
-        assert module == "edgekd.profiling.runner" and timeout_s > 0
-        self.asked.append(list(arguments))
+    def run(self, command, *, timeout_s):
+        assert command[1:3] == ["-m", "edgekd.profiling.runner"] and timeout_s > 0
+        self.asked.append(list(command[3:]))
         return self.answers.pop(0)
 
     def pull(self, path, local):
         return local
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
 
 
 def answer(count: int) -> Completed:
@@ -191,11 +197,11 @@ def test_a_crash_on_the_device_is_told_in_its_own_words(tmp_path):
 
 
 def test_a_target_out_of_reach_is_refused_with_its_own_hint():
-    board = SimpleNamespace(name="board", device=SimpleNamespace(transport="none", how="copy the artifact by hand"))
+    board = SimpleNamespace(name="board", reachable=False, device=SimpleNamespace(transport="none", how="copy the artifact by hand"))
     with pytest.raises(UsageError, match="board") as e:
-        profile.transport_of(board)
+        reach(board)
     assert e.value.hint == "copy the artifact by hand"
-    assert profile.transport_of("host").name == "local"
+    assert reach("host").name == "local"
 
 
 def test_a_damaged_artifact_is_refused_by_the_runner(tmp_path, capsys):
@@ -215,12 +221,12 @@ def test_local_transport(tmp_path):
     assert local.push(tmp_path) == str(tmp_path.resolve())
     with pytest.raises(EdgekdError, match="nothing to push"):
         local.push(tmp_path / "missing")
-    assert local.run("json.tool", ["--help"], timeout_s=60).code == 0
-    assert local.run("edgekd.profiling.runner", [], timeout_s=60).code == 2
+    assert local.run([local.python, "-m", "json.tool", "--help"], timeout_s=60).code == 0
+    assert local.run([local.python, "-m", "edgekd.profiling.runner"], timeout_s=60).code == 2
     (tmp_path / "f").write_text("x")
     assert local.pull(str(tmp_path / "f"), tmp_path / "g").read_text() == "x"
     with pytest.raises(EdgekdError, match="no answer within"):
-        local.run("timeit", ["-n", "1", "-r", "1", "import time; time.sleep(30)"], timeout_s=0.3)
+        local.run([local.python, "-m", "timeit", "-n", "1", "-r", "1", "import time; time.sleep(30)"], timeout_s=0.3)
 
 
 def test_profile_torch_measures_apart_and_together():

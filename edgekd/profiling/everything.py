@@ -11,10 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edgekd.data.images import read_image
 from edgekd.data.scenes import Scenes
+from edgekd.errors import UsageError
 from edgekd.measurement import Circumstances, Latency
 from edgekd.profiling import door
 from edgekd.profiling.latency import interleave
-from edgekd.profiling.profile import ask, transport_of
+from edgekd.profiling.profile import ask
+from edgekd.profiling.transport import reach
 from edgekd.runtime import open_artifact
 from edgekd.tasks.promptable.everything import Settings, Work, everything, resolve_mode
 from edgekd.tasks.promptable.predictor import ModelPredictor
@@ -59,7 +61,9 @@ def profile_everything(
         UsageError: the target cannot be reached from here.
         EdgekdError: an artifact is damaged, its runtime is missing, or it does not have the mode; the device's last words are given.
     """
-    device = transport or transport_of(target)
+    device = transport or reach(target)
+    if device.name != "local":
+        raise UsageError(f"segment everything is not measured by {device.name}", hint="the parts on the host need edgekd itself: run it on the device with --device local")
     if threads is None and not isinstance(target, str):
         threads = target.limits.threads
     arguments = [*(device.push(Path(f)) for f in folders), *door.flags(threads=threads, warmup=warmup, repeats=repeats, max_seconds=max_seconds)]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from edgekd.artifact import Manifest
-from edgekd.errors import EdgekdError, UsageError
+from edgekd.errors import EdgekdError
 from edgekd.measurement import Circumstances, Latency
 from edgekd.profiling import door
 from edgekd.profiling.bare import PART, ModelFile
 from edgekd.profiling.footprint import folder_bytes
-from edgekd.profiling.transport import Transport
-from edgekd.profiling.transport.local import Local
+from edgekd.profiling.transport import Transport, reach
 from edgekd.workspace import write_json
 
 if TYPE_CHECKING:
@@ -38,6 +38,19 @@ class ComponentProfile(_Model):
     executed_ops: dict[str, int]
 
 
+class Layer(_Model):
+    """One operator as the runtime ran it. `name` is that of the module in the network, where the file tells it, else the runtime's own."""
+
+    component: str
+    name: str
+    op: str
+    ms: float
+    """Median of a run."""
+    share: float
+    """Of its component, 0..1."""
+    precision: str | None = None
+
+
 class Profile(_Model):
     """One artifact on one device. `latency_ms` is encoder + decoder run one after the other, for `prompts` prompts."""
 
@@ -52,6 +65,15 @@ class Profile(_Model):
     size_bytes: int
     executed_precision: str
     circumstances: Circumstances
+    transport: str = "local"
+    layers: list[Layer] | None = None
+    """Where it was asked for: what every operator of every component took, in the order of execution."""
+    energy_mj: float | None = None
+    """Of one use, measured where the board tells its power."""
+    fell_back: dict[str, list[str]] = {}
+    """Component -> operators that did not run where, or in the precision, they were meant to, with what they ran on."""
+    answers: dict[str, float] | None = None
+    """Of a board: component -> relative error (root mean square) of its answers to those of the same file here."""
     inputs: dict[str, str] | None = None
     """Of a model file alone, which has no manifest: what it was run on, name -> `1x3x224x224:float32`."""
 
@@ -70,16 +92,16 @@ class Profile(_Model):
 
 def profile_artifact(
     folder: Path | ModelFile, target: str | Target = "host", *, transport: Transport | None = None, warmup: int = 3, repeats: int = 30,
-    threads: int | None = None, prompts: int = 1, max_seconds: float = 8.0, memory: bool = True,
+    threads: int | None = None, prompts: int = 1, max_seconds: float = 8.0, memory: bool = True, layers: bool = False,
 ) -> Profile:
     """Profile one artifact or file (see `profile_many`)."""
     return profile_many([folder], target, transport=transport, warmup=warmup, repeats=repeats, threads=threads, prompts=prompts,
-                        max_seconds=max_seconds, memory=memory)[0]
+                        max_seconds=max_seconds, memory=memory, layers=layers)[0]
 
 
 def profile_many(
     folders: Sequence[Path | ModelFile], target: str | Target = "host", *, transport: Transport | None = None, warmup: int = 3, repeats: int = 30,
-    threads: int | None = None, prompts: int = 1, max_seconds: float = 8.0, memory: bool = True,
+    threads: int | None = None, prompts: int = 1, max_seconds: float = 8.0, memory: bool = True, layers: bool = False,
 ) -> list[Profile]:
     """Profile artifacts, or model files alone, against each other: one fresh process measures all of them in turns, so that ratios are fair.
 
@@ -91,30 +113,25 @@ def profile_many(
         UsageError: the target cannot be reached from here.
         EdgekdError: an artifact is damaged, or its runtime is missing or crashes; the device's last words are given.
     """
-    device = transport or transport_of(target)
+    device = transport or reach(target)
     if threads is None and not isinstance(target, str):
         threads = target.limits.threads
-    there = [f.told(device.push(f.path)) if isinstance(f, ModelFile) else device.push(Path(f)) for f in folders]
-    shared = ["--prompts", str(prompts), *door.flags(threads=threads)]
-    timing = door.flags(threads=None, warmup=warmup, repeats=repeats, max_seconds=max_seconds)
-    limit = 120 + 10 * max_seconds * 3 * len(there)  # three timed calls each; generous, since a machine may be busy
-    names = [f.path if isinstance(f, ModelFile) else Path(f) for f in folders]
-    found = ask(device, RUNNER, [*there, *shared, *timing], limit, where=names[0])
-    peaks = [ask(device, RUNNER, [f, "--footprint", *shared], 180, where=n)["peak_memory_bytes"] if memory else None
-             for f, n in zip(there, names, strict=True)]
+    with device:
+        if device.name != "local":
+            from edgekd.profiling import boards
+
+            asked = boards.Asked(warmup=warmup, repeats=repeats, threads=threads, prompts=prompts, max_seconds=max_seconds, memory=memory, layers=layers)
+            return boards.profile_many(device, folders, target, asked)
+        there = [f.told(device.push(f.path)) if isinstance(f, ModelFile) else device.push(Path(f)) for f in folders]
+        shared = ["--prompts", str(prompts), *door.flags(threads=threads)]
+        timing = door.flags(threads=None, warmup=warmup, repeats=repeats, max_seconds=max_seconds)
+        limit = 120 + 10 * max_seconds * 3 * len(there)  # three timed calls each; generous, since a machine may be busy
+        names = [f.path if isinstance(f, ModelFile) else Path(f) for f in folders]
+        found = ask(device, RUNNER, [*there, *shared, *timing], limit, where=names[0])
+        peaks = [ask(device, RUNNER, [f, "--footprint", *shared], 180, where=n)["peak_memory_bytes"] if memory else None
+                 for f, n in zip(there, names, strict=True)]
     return [_profile(folder if isinstance(folder, ModelFile) else Path(folder), one, found["circumstances"], target if isinstance(target, str) else target.name, prompts, peak)
             for folder, one, peak in zip(folders, found["artifacts"], peaks, strict=True)]
-
-
-def transport_of(target: str | Target) -> Transport:
-    """The way to a device.
-
-    Raises:
-        UsageError: there is none from here; the target's own words say what would have to be done.
-    """
-    if isinstance(target, str) or target.device.transport == "local":
-        return Local()
-    raise UsageError(f"the target '{target.name}' cannot be reached from here, so nothing can be measured on it", hint=target.device.how)
 
 
 def ask(device: Transport, module: str, arguments: list[str], timeout_s: float, *, where: Path | None = None) -> Any:
@@ -123,7 +140,7 @@ def ask(device: Transport, module: str, arguments: list[str], timeout_s: float, 
     Raises:
         EdgekdError: it failed; its last words are given.
     """
-    done = device.run(module, arguments, timeout_s=timeout_s)
+    done = device.run([sys.executable, "-m", module, *arguments], timeout_s=timeout_s)
     if done.code:
         said, hint = door.refusal(done.stdout, done.stderr, done.code)
         what = "artifact" if where is None or ModelFile.of(arguments[0]) is None else "file"
