@@ -239,9 +239,9 @@ def test_profile_torch_measures_apart_and_together():
 class Answering(Scripted):
     """A device that is asked for segment-everything."""
 
-    def run(self, module, arguments, *, timeout_s):
-        assert module == "edgekd.profiling.everything" and timeout_s > 0
-        self.asked.append(list(arguments))
+    def run(self, command, *, timeout_s):
+        assert command[1:3] == ["-m", "edgekd.profiling.everything"] and timeout_s > 0
+        self.asked.append(list(command[3:]))
         return self.answers.pop(0)
 
 
