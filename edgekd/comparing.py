@@ -179,9 +179,12 @@ def kept_float(found: Manifest) -> dict[str, str]:
 
 
 def is_integer(op: str) -> bool:
-    """Whether an executed operator is integer arithmetic: onnxruntime tells it by the name, OpenVINO as `Convolution:i8`."""
+    """Whether an executed operator is integer arithmetic: onnxruntime tells it by the name, others as `Convolution:i8`, where masks and shapes are whole
+    numbers too, so that only what multiplies matrices counts."""
     kind, _, precision = op.partition(":")
-    return precision in ("i8", "u8", "i16", "u16") or re.match(r"QLinear(Conv|MatMul)|QGemm|QAttention|ConvInteger|MatMulInteger|DynamicQuantize(MatMul|LSTM)", kind) is not None
+    if precision:
+        return precision in ("i8", "u8", "i16", "u16") and re.search(r"conv(?!ert)|matmul|fully_?connected|gemm|linear|attention", kind, re.IGNORECASE) is not None
+    return re.match(r"QLinear(Conv|MatMul)|QGemm|QAttention|ConvInteger|MatMulInteger|DynamicQuantize(MatMul|LSTM)", kind) is not None
 
 
 def examples(model: Any, dataset: Dataset | None, *, limit: int = 16) -> np.ndarray | None:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 INTEGER = "w8a8_static"
 SHOWN = 8
 """Photos that the ranking finds its ranges on."""
+SLOWER, TELLS = 0.10, 0.25
+"""What agreement with the float model may cost in time, as a share; and the points of it that a few photos tell apart."""
 MOST_EXPORTS = 14
 FEW = 4
 """Layers in float that are tried even where none would do: what they bring belongs to the Pareto set."""
@@ -184,8 +186,9 @@ class _Search:
 def choose(rows: Sequence[dict[str, Any]], metric: str, budget: Budget) -> tuple[dict[str, Any], str, str]:
     """The row that is taken, `accepted`, `rejected` or `unverified`, and why. The first row is fp32.
 
-    Within the budget the fastest wins, and of those that two measurements could not tell from it the one that disagrees least with the float model. One
-    of integers must beat the best float scheme by that margin. Where latency cannot be measured the smallest wins.
+    Of those within the budget that take at most `SLOWER` longer than the fastest, the one that disagrees least with the float model wins, the smaller
+    where so few photos cannot tell. One of integers must also beat the best float scheme by more than two measurements of one thing differ by. Where
+    latency cannot be measured the smallest wins.
     """
     within = [r for r in rows if (r[metric] or 0.0) <= budget.max_drop]
     if rows[0]["latency_ms"] is None:
@@ -205,9 +208,9 @@ def choose(rows: Sequence[dict[str, Any]], metric: str, budget: Budget) -> tuple
 
 
 def _fastest(rows: Sequence[dict[str, Any]]) -> Any:
-    """Of the rows that cannot be told from the fastest, the one that disagrees least."""
-    limit = min((_ms(r) for r in rows), default=0.0) * (1 + RULES.faster)
-    return min((r for r in rows if _ms(r) <= limit), key=lambda r: (r["disagreement"], r["size_bytes"]), default=None)
+    """Of the rows that are nearly as fast as the fastest, the one that disagrees least; the smaller of equals."""
+    limit = min((_ms(r) for r in rows), default=0.0) * (1 + SLOWER)
+    return min((r for r in rows if _ms(r) <= limit), key=lambda r: (round(r["disagreement"] / TELLS), r["size_bytes"], r["disagreement"]), default=None)
 
 
 def _ms(row: dict[str, Any]) -> float:

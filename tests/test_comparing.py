@@ -27,6 +27,7 @@ def test_verdict(size: float, latency: float | None, drop: float | None, verdict
     ("QLinearConv", True), ("MatMulIntegerToFloat", True), ("DynamicQuantizeMatMul", True), ("ConvInteger", True), ("QGemm", True),
     ("Convolution:i8", True), ("FullyConnected:u8", True), ("Convolution:f32", False), ("MatMul", False), ("QuantizeLinear", False),
     ("DequantizeLinear", False), ("DynamicQuantizeLinear", False), ("QLinearAdd", False),
+    ("Convert:u8", False), ("Eltwise:u8", False), ("CONV_2D:i8", True), ("FULLY_CONNECTED:i8", True), ("Reorder:i8", False),
 ])
 def test_is_integer__counts_arithmetic_only(op: str, integer: bool) -> None:
     assert comparing.is_integer(op) is integer

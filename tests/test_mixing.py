@@ -121,7 +121,8 @@ FP32, BF16, INT8, MIX = row("fp32", 10, 0, integer=0, size=400), row("bf16", 6, 
 
 @pytest.mark.parametrize(("rows", "budget", "chosen", "verdict", "said"), [
     ([FP32, INT8, MIX], Budget(0.5), "mix", "accepted", "0.55 of fp32's time"),
-    ([FP32, INT8, MIX], Budget(3.0), "int8", "accepted", "2.00 points lost of 3"),
+    ([FP32, INT8, MIX | {"latency_ms": {"p50": 5.6}}], Budget(3.0), "int8", "accepted", "2.00 points lost of 3"),
+    ([FP32, INT8, MIX], Budget(3.0), "mix", "accepted", "0.40 points lost of 3"),
     ([FP32, BF16, INT8, MIX], Budget(0.5), "mix", "accepted", "0.92 of the fastest float scheme's (bf16)"),
     ([FP32, BF16, row("close", 5.9, 0.0)], Budget(0.5), "bf16", "accepted", "0.60"),
     ([FP32, MIX, row("as fast", 5.6, 0.1)], Budget(0.5), "as fast", "accepted", "0.10 points lost"),
