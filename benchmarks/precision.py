@@ -88,7 +88,11 @@ def measured(models: Sequence[str], formats: Sequence[str], work: Path, data: An
             key = f"{model} {format}"
             if key not in known:
                 begun = time.monotonic()
-                known[key] = with_figures(searched(model, format, work / Path(model).stem / format, ranks), data)
+                try:
+                    known[key] = with_figures(searched(model, format, work / Path(model).stem / format, ranks), data)
+                except EdgekdError as e:  # the others are worth having; the same command tries this one again
+                    console.warn(f"{key}: {e}")
+                    continue
                 write_json(kept, known)
                 console.log(f"{key}: {time.monotonic() - begun:.0f} s")
             rows += known[key]

@@ -11,7 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from edgekd.decision import accuracy, words
+from edgekd.budget import accuracy
+from edgekd.decision import words
 from edgekd.report import schema
 from edgekd.report import words as say
 from edgekd.report.html import ordered

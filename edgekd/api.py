@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from edgekd.artifact import DecoderSignature
     from edgekd.recipe import CacheCodec, Recipe
     from edgekd.report.schema import Report
+    from edgekd.target import Target
     from edgekd.tasks.classification.predict import Classes
     from edgekd.tasks.evaluation import Evaluation
     from edgekd.tasks.promptable.everything import Everything
     from edgekd.tasks.promptable.predict import Box, Point, Prediction
 
 
-def load_recipe(name: str | Path = "default", *, sets: Sequence[str] = (), teacher: str | None = None,
-                budget: Mapping[str, float | None] | None = None) -> Recipe:
-    """A recipe with what the command line says on top of it: `--set`, then `--teacher` and the `--budget-*` flags.
+def load_recipe(name: str | Path = "default", *, sets: Sequence[str] = (), teacher: str | None = None, budget: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe with what the command line says on top of it: `--set`, then `--teacher` and the limits of the budget.
 
     Raises:
         UsageError: anything wrong in it, all at once.
@@ -41,21 +41,39 @@ def load_recipe(name: str | Path = "default", *, sets: Sequence[str] = (), teach
     return found.model_copy(update={"teacher": teacher}) if teacher is not None else found
 
 
+def resolve_target(target: str | Path, device: Mapping[str, Any] | None = None) -> Target:
+    """A target by name or file, at the address that `device` tells: `url` (`ssh://user@host:port`, `adb://SERIAL`, `browser`, `local`), `ssh_key`,
+    `known_hosts`, `python`, `folder`, `tools`.
+
+    Raises:
+        UsageError: no such target, or no way to such an address.
+    """
+    return targets.resolve(target).at(**(device or {}))
+
+
 def compress(*, target: str, data: str | Path, teacher: str | None = None, recipe: str | Path = "default", sets: Sequence[str] = (),
-             output: Path | None = None, budget_ms: float | None = None, budget_mb: float | None = None, resume: bool = True,
-             command: str | None = None) -> Report:
-    """The loop: distil, quantize, export, profile, decide, report. The same call again continues where it stopped."""
+             output: Path | None = None, budget_ms: float | None = None, budget_mb: float | None = None, budget: Mapping[str, Any] | None = None,
+             device: Mapping[str, Any] | None = None, resume: bool = True, command: str | None = None) -> Report:
+    """The loop: distil, quantize, export, profile, decide, report. The same call again continues where it stopped.
+
+    Args:
+        budget: further limits by the names of `edgekd.recipe.Budget`: `{"fps": 30, "percentile": "p90", "objective": "fastest"}`.
+        device: where it is (`resolve_target`).
+    """
     from edgekd import pipeline
 
-    return pipeline.compress(_options(target, data, teacher, recipe, sets, output, budget_ms, budget_mb, resume, command))
+    limits = {"latency_ms": budget_ms, "size_mb": budget_mb, **(budget or {})}
+    return pipeline.compress(_options(resolve_target(target, device), data, teacher, recipe, sets, output, limits, resume, command))
 
 
 def plan(*, target: str, data: str | Path, teacher: str | None = None, recipe: str | Path = "default", sets: Sequence[str] = (),
-         output: Path | None = None, budget_ms: float | None = None, budget_mb: float | None = None) -> Any:
+         output: Path | None = None, budget_ms: float | None = None, budget_mb: float | None = None, budget: Mapping[str, Any] | None = None,
+         device: Mapping[str, Any] | None = None) -> Any:
     """What `compress` would do, with its costs; starts nothing, and needs neither weights nor the device."""
     from edgekd import pipeline
 
-    return pipeline.plan(_options(target, data, teacher, recipe, sets, output, budget_ms, budget_mb, True, None))
+    limits = {"latency_ms": budget_ms, "size_mb": budget_mb, **(budget or {})}
+    return pipeline.plan(_options(resolve_target(target, device), data, teacher, recipe, sets, output, limits, True, None))
 
 
 def run_folder(*, target: str, recipe: str | Path = "default", teacher: str | None = None) -> Path:
@@ -64,16 +82,18 @@ def run_folder(*, target: str, recipe: str | Path = "default", teacher: str | No
     return Path("runs") / f"{Path(found.teacher).name}-{targets.resolve(target).name}-{found.name}"
 
 
-def _options(target: str, data: str | Path, teacher: str | None, recipe: str | Path, sets: Sequence[str], output: Path | None,
-             budget_ms: float | None, budget_mb: float | None, resume: bool, command: str | None) -> Any:
+def _options(device: Target, data: str | Path, teacher: str | None, recipe: str | Path, sets: Sequence[str], output: Path | None,
+             budget: Mapping[str, Any], resume: bool, command: str | None) -> Any:
     from edgekd import pipeline
 
-    found = load_recipe(recipe, sets=sets, teacher=teacher, budget={"latency_ms": budget_ms, "size_mb": budget_mb})
+    found = load_recipe(recipe, sets=sets, teacher=teacher, budget=budget)
     if found.task != PROMPTABLE:
         raise UsageError(f"the loop is for {PROMPTABLE}, and recipe '{found.name}' is of the task {found.task}",
                          hint=f"edgekd distill --recipe {recipe} --data {data} --output DIR, then edgekd export, profile and evaluate")
-    device = targets.resolve(target)
-    folder = Path(output) if output is not None else run_folder(target=target, recipe=recipe, teacher=teacher)
+    if found.budget.everything_ms is not None and device.device.transport != "local":
+        raise UsageError("segment everything is measured on this machine only, and the budget limits it", where=f"target '{device.name}'",
+                         hint="leave budget.everything_ms out, or run edgekd on the device itself with --device local")
+    folder = Path(output) if output is not None else Path("runs") / f"{Path(found.teacher).name}-{device.name}-{found.name}"
     return pipeline.CompressOptions(recipe=found, target=device, data=str(data), output=folder, resume=resume,
                                     command=command or f"edgekd compress --teacher {found.teacher} --target {device.name} --data {data}")
 
@@ -203,29 +223,22 @@ def prune(*, model: str | Path, data: str | Path, output: Path, target: str = "h
 
 
 def profile(*, artifact: str | Path, target: str = "host", threads: int | None = None, warmup: int = 3, repeats: int = 30, prompts: int = 1,
-            format: str | None = None, scheme: str | None = None, lengths: Mapping[str, int] | None = None) -> dict[str, Any]:
+            format: str | None = None, scheme: str | None = None, lengths: Mapping[str, int] | None = None, layers: bool = False, save: bool = False,
+            device: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Latency, memory and size of an artifact on a device, with the circumstances; or of a model file of any format alone.
 
     Args:
         format: of a file, where its suffix does not say it.
         scheme: the precision that a file is to be run in, where its runtime has a choice.
         lengths: of a file's axes of any length, which are 1 otherwise.
+        layers: also what every operator takes.
+        save: add it to the user's database of latencies, from which others are predicted.
+        device: where it is (`resolve_target`).
     """
-    from edgekd import resolve
-    from edgekd.profiling import bare, profile_artifact
+    from edgekd import measuring
 
-    device, path = targets.resolve(target), Path(artifact).expanduser()
-    folder: Path | bare.ModelFile
-    if resolve.artifact_folder(path) is None and bare.is_model_file(path):
-        folder = bare.model_file(path, format=format, scheme=scheme, lengths=lengths)
-        if device.reachable:
-            bare.require_runtime(folder)
-    else:
-        folder = _artifact(artifact)
-        if format or scheme or lengths:
-            raise UsageError("--format, --scheme and --length of `profile` are for a model file alone", where=folder, hint="leave them out: the manifest says it")
-    found = profile_artifact(folder, device, prompts=prompts, threads=threads, warmup=warmup, repeats=repeats)
-    return {**found.model_dump(mode="json", by_alias=True, exclude_none=True), "transport": device.device.transport}
+    return measuring.profile(measuring.Request(str(artifact), resolve_target(target, device), threads, warmup, repeats, prompts, format, scheme, lengths or {},
+                                               layers, save))
 
 
 def profile_everything(*, artifact: str | Path, target: str = "host", threads: int | None = None, repeats: int = 10, modes: Sequence[str] = (),

@@ -6,40 +6,24 @@ loop does next. The rules, in the order in which a candidate meets them:
 1. it was built, and equals the student it came from (or it *failed*);
 2. the runtime executes the precision that was asked for, and it is faster than its float parent (same student, size, format);
 3. it is faster than its teacher;
-4. it keeps to the budget: latency (p50 of all parts together), size, memory;
+4. it keeps to the budget (`edgekd.budget`): latency of the whole and of components, size, memory, energy;
 5. it loses little accuracy to its parent, and keeps to the accuracy floor.
 
-Being dominated is no reason for rejection. With a latency budget the most accurate candidate within it is chosen; without one the
-fastest of those whose accuracy is within a stated tolerance of the best. Neither depends on the order of the rows, nor changes when
-a candidate is added that is worse than another one in accuracy and latency.
+Being dominated is no reason for rejection. By the budget's objective the most accurate candidate is chosen, the fastest, or (balanced) the fastest of
+those whose accuracy is within a stated tolerance of the best; `auto` is the first where latency is limited, else the last. None depends on the order of
+the rows, nor changes when a candidate is added that is worse than another one in accuracy and latency.
 """
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from edgekd.report.schema import METRICS, CandidateRow, Nearest, Stage, Verdict
+from edgekd.budget import Gap, Limit, accuracy, gap, give, latency_ceiling, limits, ms, over, took
+from edgekd.report.schema import METRICS, BudgetRow, CandidateRow, Nearest, Stage, Verdict
 from edgekd.search.proposer import Proposal, rank
 
-MB = 1_000_000
-
-
-class Budget(Protocol):
-    """The limits of a recipe; None is no limit. Accuracies are fractions."""
-
-    @property
-    def latency_ms(self) -> float | None: ...
-    @property
-    def size_mb(self) -> float | None: ...
-    @property
-    def memory_mb(self) -> float | None: ...
-    @property
-    def min_accuracy(self) -> float | None: ...
-    @property
-    def max_drop(self) -> float | None: ...
-    @property
-    def metric(self) -> str: ...
+Budget = BudgetRow
 
 
 @dataclass(frozen=True)
@@ -89,8 +73,8 @@ def plan_verdicts(rows: Sequence[CandidateRow], budget: Budget, *, rules: Rules 
     """Before training: the rows, with those rejected that no training can bring within the latency, size or memory budget."""
     verdicts = []
     for row in rows:
-        over = _over_budget(row, budget, slack=0.0 if _measured(row) else rules.predicted_slack) if row.status == "accepted" else []
-        verdicts.append(row.turned("rejected", "; ".join(over) + " (before training)", "plan") if over else row)
+        beyond = over(row, limits(budget), slack=rules.predicted_slack) if row.status == "accepted" else []
+        verdicts.append(row.turned("rejected", "; ".join(beyond) + " (before training)", "plan") if beyond else row)
     return verdicts
 
 
@@ -128,7 +112,7 @@ def _judge_one(row: CandidateRow, parent: CandidateRow | None, budget: Budget, l
     if broken:
         return row.turned("failed", "; ".join(broken), "export")
     found: list[tuple[Stage, str]] = [("profile", r) for r in (*_fell_back(row), *_slower(row, parent, teacher_ms, rules, for_size=budget.size_mb is not None),
-                                                               *_over_budget(row, budget))]
+                                                               *over(row, limits(budget)))]
     if row.accuracy is None and not row.trained:
         found = found or [("train", "not trained: the loop stopped before it")]
     else:
@@ -148,26 +132,15 @@ def _fell_back(row: CandidateRow) -> list[str]:
 def _slower(row: CandidateRow, parent: CandidateRow | None, teacher_ms: float | None, rules: Rules, *, for_size: bool) -> list[str]:
     if row.latency_ms is None:
         return []
-    reasons, took = [], row.latency_ms.p50
+    reasons, mine = [], row.latency_ms.p50
     # A measured latency is never held against a predicted one.
     if parent and parent.latency_ms and parent.latency_ms.provenance == row.latency_ms.provenance:
         other = parent.latency_ms.p50
-        if took > other * (1 - rules.faster) and not for_size:
-            how = f"({took / other:.2f}x slower)" if took > other else f"(no faster: {rules.faster:.0%} is asked)"
-            reasons.append(f"{row.scheme} took {ms(took)}, its {parent.scheme} parent {ms(other)} {how}")
-    if teacher_ms is not None and row.latency_ms.provenance == "measured" and took >= teacher_ms:
-        reasons.append(f"{ms(took)} is no faster than the teacher's {ms(teacher_ms)}")
-    return reasons
-
-
-def _over_budget(row: CandidateRow, budget: Budget, slack: float = 0.0) -> list[str]:
-    reasons = []
-    if row.latency_ms and budget.latency_ms is not None and row.latency_ms.p50 > budget.latency_ms * (1 + slack):
-        took, how = row.latency_ms.p50, "" if row.latency_ms.provenance == "measured" else f" ({row.latency_ms.provenance})"
-        reasons.append(f"{ms(took)}{how} is over the budget of {budget.latency_ms:g} ms by {ms(took - budget.latency_ms)}")
-    for what, used, limit in (("size", row.size_bytes, budget.size_mb), ("peak memory", row.peak_memory_bytes, budget.memory_mb)):
-        if used is not None and limit is not None and used > limit * MB:
-            reasons.append(f"{what} {used / MB:.1f} MB is over the budget of {limit:g} MB by {used / MB - limit:.2g} MB")
+        if mine > other * (1 - rules.faster) and not for_size:
+            how = f"({mine / other:.2f}x slower)" if mine > other else f"(no faster: {rules.faster:.0%} is asked)"
+            reasons.append(f"{row.scheme} took {ms(mine)}, its {parent.scheme} parent {ms(other)} {how}")
+    if teacher_ms is not None and row.latency_ms.provenance == "measured" and mine >= teacher_ms:
+        reasons.append(f"{ms(mine)} is no faster than the teacher's {ms(teacher_ms)}")
     return reasons
 
 
@@ -195,71 +168,56 @@ def choose(rows: Sequence[CandidateRow], budget: Budget, teacher_accuracy: float
     # What was measured on the target comes before what is only predicted for it.
     able = [r for r in able if _measured(r)] or able
     best = max(_known(r, budget.metric) for r in able)
-    given_up = rules.balance if budget.latency_ms is None else rules.same_accuracy
-    close = [r for r in able if _known(r, budget.metric) >= best - given_up]
-    chosen = min(close, key=lambda r: (_p50(r), -_known(r, budget.metric), r.size_bytes or 0, r.id))
+    allowed = {"most-accurate": rules.same_accuracy, "balanced": rules.balance, "fastest": float("inf")}[objective(budget)]
+    close = [r for r in able if _known(r, budget.metric) >= best - allowed]
+    chosen = min(close, key=lambda r: (_took(r, budget), -_known(r, budget.metric), r.size_bytes or 0, r.id))
     reason = _why(chosen, able, best, budget, rules)
     if not _measured(chosen):
         how = chosen.latency_ms.provenance if chosen.latency_ms else "not known"
         return Decision(chosen.id, "unverified", f"{reason}; its latency is {how}, not measured on the target")
+    if unknown := [limit.name for limit in limits(budget, floor(budget, teacher_accuracy)) if limit.of(chosen) is None]:
+        return Decision(chosen.id, "unverified", f"{reason}; its {' and '.join(unknown)} could not be measured")
     return Decision(chosen.id, "met", reason)
+
+
+def objective(budget: Budget) -> Literal["fastest", "most-accurate", "balanced"]:
+    """What is chosen of all that keeps to the limits, with `auto` resolved."""
+    if budget.objective != "auto":
+        return budget.objective
+    return "balanced" if latency_ceiling(budget) is None else "most-accurate"
 
 
 def _why(chosen: CandidateRow, able: Sequence[CandidateRow], best: float, budget: Budget, rules: Rules) -> str:
     name, value = words(budget.metric), _known(chosen, budget.metric)
-    took = f" and takes {ms(chosen.latency_ms.p50)}" if chosen.latency_ms else ""
-    if budget.latency_ms is None:
-        return (f"without a latency budget, the fastest candidate within {rules.balance:g} of the best {name} ({best:.3f}): "
-                f"{chosen.id} has {value:.3f}{took}")
+    took_words = f" and takes {ms(_took(chosen, budget))}" if chosen.latency_ms else ""
     among = f"of {len(able)} candidates" if len(able) > 1 else "and only candidate"
+    ceiling = latency_ceiling(budget)
+    within = f" within {ceiling:g} ms" if ceiling is not None else ""
+    if objective(budget) == "fastest":
+        return f"the fastest {among}{within} that keeps to the rest of the budget: {chosen.id} has {name} {value:.3f}{took_words}"
+    if objective(budget) == "balanced":
+        head = "without a latency budget" if budget.objective == "auto" else f"balanced{within}"
+        return f"{head}, the fastest candidate within {rules.balance:g} of the best {name} ({best:.3f}): {chosen.id} has {value:.3f}{took_words}"
     tie = f" (within {rules.same_accuracy:g} of the best, {best:.3f}, and faster)" if value < best else ""
-    return f"the most accurate {among} within {budget.latency_ms:g} ms: {chosen.id} has {name} {value:.3f}{tie}{took}"
+    return f"the most accurate {among}{within}: {chosen.id} has {name} {value:.3f}{tie}{took_words}"
 
 
 def _missed(rows: Sequence[CandidateRow], budget: Budget, teacher_accuracy: float | None) -> Decision:
-    least = floor(budget, teacher_accuracy)
-    gaps = [(row, gap) for row in rows if row.status != "failed" and (gap := _gap(row, budget, least))]
+    found = limits(budget, floor(budget, teacher_accuracy))
+    gaps = [(row, missed) for row in rows if row.status != "failed" and (missed := gap(row, found))]
     if not gaps:
         failed = sorted({r.reason for r in rows if r.status == "failed"})
         why = f"no candidate could be built ({failed[0]})" if rows and len(failed) and all(r.status == "failed" for r in rows) else \
             "every candidate was rejected, none of them for the budget" if rows else "there was no candidate to try"
         return Decision(None, "missed", why)
-    row, gap = min(gaps, key=lambda pair: (pair[1].relative, _p50(pair[0]), pair[0].id))
-    nearest = Nearest(id=row.id, gap_ms=gap.ms, gap_mb=gap.mb, gap_memory_mb=gap.memory_mb, gap_accuracy=gap.accuracy, reason=row.reason or gap.words)
-    return Decision(None, "missed", f"no candidate meets the budget; the nearest, {row.id}, misses it by {gap.words}", nearest)
+    row, missed = min(gaps, key=lambda pair: (pair[1].relative, _took(pair[0], budget), pair[0].id))
+    return Decision(None, "missed", f"no candidate meets the budget; the nearest, {row.id}, misses it by {missed.words}", _nearest(row, missed, rows, found))
 
 
-@dataclass(frozen=True)
-class _Gap:
-    """By how much a row misses each limit; `relative` is the worst of them as a share of its limit."""
-
-    ms: float | None
-    mb: float | None
-    memory_mb: float | None
-    accuracy: float | None
-    relative: float
-
-    @property
-    def words(self) -> str:
-        said = [ms(self.ms) if self.ms else "", f"{self.mb:.2g} MB" if self.mb else "",
-                f"{self.memory_mb:.3g} MB of memory" if self.memory_mb else "", f"{self.accuracy:.3f} in accuracy" if self.accuracy else ""]
-        return " and ".join(s for s in said if s)
-
-
-def _gap(row: CandidateRow, budget: Budget, least: float | None) -> _Gap | None:
-    """None when the row misses no limit of the budget (it was rejected for something else)."""
-    value = accuracy(row, budget.metric)
-    over = [_excess(row.latency_ms.p50 if row.latency_ms else None, budget.latency_ms),
-            _excess(None if row.size_bytes is None else row.size_bytes / MB, budget.size_mb),
-            _excess(None if row.peak_memory_bytes is None else row.peak_memory_bytes / MB, budget.memory_mb),
-            None if value is None or least is None or value >= least else least - value]
-    limits = (budget.latency_ms, budget.size_mb, budget.memory_mb, least)
-    relative = [gap / max(limit or 0.0, 1e-12) for gap, limit in zip(over, limits, strict=True) if gap is not None]
-    return _Gap(over[0], over[1], over[2], over[3], max(relative)) if relative else None
-
-
-def _excess(used: float | None, limit: float | None) -> float | None:
-    return used - limit if used is not None and limit is not None and used > limit else None
+def _nearest(row: CandidateRow, missed: Gap, rows: Sequence[CandidateRow], found: Sequence[Limit]) -> Nearest:
+    by = missed.by
+    return Nearest(id=row.id, gap_ms=by.get("latency_ms"), gap_mb=by.get("size_mb"), gap_memory_mb=by.get("memory_mb"), gap_accuracy=by.get("accuracy"),
+                   gaps=by, reason=row.reason or missed.words, give=give(rows, found))
 
 
 # --- the loop ----------------------------------------------------------------------------------------------------------
@@ -278,7 +236,7 @@ def next_action(rows: Sequence[CandidateRow], budget: Budget, teacher_accuracy: 
     """
     planned = plan_verdicts(rows, budget, rules=rules)
     trained = {(r.student, r.image_size) for r in rows if r.trained}
-    left = rank(planned, budget_ms=budget.latency_ms, trained=trained)
+    left = rank(planned, budget_ms=None if objective(budget) == "fastest" else latency_ceiling(budget), trained=trained)
     decision = choose(judge([r for r in planned if r.trained], budget, teacher_accuracy, rules=rules), budget, teacher_accuracy, rules=rules)
     if not left:
         if trained:
@@ -286,10 +244,12 @@ def next_action(rows: Sequence[CandidateRow], budget: Budget, teacher_accuracy: 
         return Action("stop", f"nothing to train: {_missed(planned, budget, teacher_accuracy).reason}")
     if max_students is not None and len(trained) >= max_students:
         return Action("stop", f"{len(trained)} trained, as many as the recipe allows")
-    if decision.chosen and budget.latency_ms is not None:
-        left = _larger(left, next(r for r in rows if r.id == decision.chosen))
+    if decision.chosen and objective(budget) != "balanced":
+        chosen = next(r for r in rows if r.id == decision.chosen)
+        left = _faster(left, chosen) if objective(budget) == "fastest" else _larger(left, chosen)
         if not left:
-            return Action("stop", f"{decision.chosen} meets the budget, and no larger student fits it")
+            better = "no faster student is left" if objective(budget) == "fastest" else "no larger student fits it"
+            return Action("stop", f"{decision.chosen} meets the budget, and {better}")
     return Action("train", left[0].reason, left[0].student, left[0].image_size)
 
 
@@ -298,23 +258,18 @@ def _larger(proposals: Iterable[Proposal], chosen: CandidateRow) -> list[Proposa
     return [p for p in proposals if p.capacity > float(chosen.params or 0) * chosen.image_size ** 2]
 
 
+def _faster(proposals: Iterable[Proposal], chosen: CandidateRow) -> list[Proposal]:
+    """Proposals that may be faster than what already meets the budget."""
+    known = chosen.latency_ms
+    return [p for p in proposals if p.planned_ms is None or known is None or p.planned_ms < known.p50]
+
+
 # --- words and numbers -------------------------------------------------------------------------------------------------
-
-
-def accuracy(row: CandidateRow, metric: str) -> float | None:
-    """The row's value of a metric such as `teacher_agreement.box`."""
-    return row.accuracy.value(metric) if row.accuracy else None
 
 
 def words(metric: str) -> str:
     """A metric's name in a sentence."""
     return METRICS.get(metric, metric)
-
-
-def ms(value: float) -> str:
-    """Milliseconds with three significant digits: 6.10 ms, 41.3 ms, 0.0021 ms."""
-    text = f"{value:.0f}" if value >= 100 else f"{value:#.3g}" if value >= 1 else f"{value:.2g}"
-    return f"{text} ms"
 
 
 def _measured(row: CandidateRow) -> bool:
@@ -327,5 +282,6 @@ def _known(row: CandidateRow, metric: str) -> float:
     return value
 
 
-def _p50(row: CandidateRow) -> float:
-    return row.latency_ms.p50 if row.latency_ms else float("inf")
+def _took(row: CandidateRow, budget: Budget) -> float:
+    value = took(row.latency_ms, budget)
+    return float("inf") if value is None else value

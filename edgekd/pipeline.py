@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import __version__, checkpoint, console, plugins, recipe, report, students, target, teachers, trial
+from edgekd import budget as budgets
 from edgekd.checkpoint import weights_sha256
 from edgekd.data import Subset, open_data
 from edgekd.data.joined import Joined
@@ -196,7 +197,7 @@ def plan_students(run: Run, points: Sequence[Candidate]) -> None:
     students are trained.
     """
     budget, groups = run.recipe.budget, by_student(points)
-    limited = any((budget.latency_ms, budget.size_mb, budget.memory_mb))
+    limited = budgets.limited(budget)
     undecided = len(groups) > run.recipe.search.max_trained
     untrained = []
     for (name, size), group in groups.items():
@@ -327,7 +328,7 @@ def assemble(run: Run, decision: Decision, started: str, seconds: float) -> Repo
                        data=o.data),
         environment=circumstances.model_dump(mode="json", exclude_none=True),
         target=schema.Target(name=o.target.name, device=o.target.description, transport=o.target.device.transport, threads=circumstances.threads or os.cpu_count()),
-        budget=schema.BudgetRow(**o.recipe.budget.model_dump()), protocol=run.protocol, teacher=about, candidates=list(run.rows.values()),
+        budget=o.recipe.budget, protocol=run.protocol, teacher=about, candidates=list(run.rows.values()),
         chosen=decision.chosen, verdict=decision.verdict, reason=decision.reason, nearest=decision.nearest, speedup=speedup(run, decision.chosen))
 
 

@@ -197,11 +197,34 @@ class Budget(Settings):
     """Ceilings and a floor; None is no limit. MB is 10^6 bytes, accuracies are fractions."""
 
     latency_ms: float | None = Field(default=None, gt=0)
+    """Of one use of the model: the encoder and `prompts` prompts."""
+    fps: float | None = Field(default=None, gt=0)
+    """Photos a second, one after the other: the same limit in other words."""
+    percentile: Literal["p50", "p90"] = "p50"
+    """Which quantile of the latencies is held to their limits."""
+    components: dict[str, float] = {}
+    """Component -> milliseconds of it alone: `{encoder: 20, decoder: 5}`."""
+    prompts: int | None = Field(default=None, ge=1)
+    """Prompts of a photo that `latency_ms` is for, in one call of the decoder; the recipe's `profile.prompts` when left out."""
+    everything_ms: float | None = Field(default=None, gt=0)
+    """Of segmenting everything on a photo, from its pixels to all masks."""
     size_mb: float | None = Field(default=None, gt=0)
     memory_mb: float | None = Field(default=None, gt=0)
+    energy_mj: float | None = Field(default=None, gt=0)
+    """Of one use, where the device tells its power."""
     min_accuracy: Fraction | None = Field(default=None, ge=0, le=1)
     max_drop: Fraction | None = Field(default=None, ge=0, le=1)
     metric: str = "teacher_agreement.box"
+    objective: Literal["auto", "fastest", "most-accurate", "balanced"] = "auto"
+    """What is chosen of all that keeps to the limits. auto: the most accurate where latency is limited, else balanced, the fastest that is nearly as
+    accurate as the best."""
+
+    @field_validator("components")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        if wrong := [name for name, most in value.items() if most <= 0]:
+            raise ValueError(f"milliseconds are positive: {', '.join(wrong)}")
+        return value
 
 
 class SearchSection(Settings):

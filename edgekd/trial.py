@@ -12,7 +12,9 @@ from edgekd import artifact, console, exporting, schemes
 from edgekd.errors import EdgekdError
 from edgekd.exporting import weights_sha256
 from edgekd.ledger import Ledger, Result
+from edgekd.measurement import Latency
 from edgekd.models.sam import Sam
+from edgekd.profiling.everything import profile_everything
 from edgekd.profiling.profile import Profile, profile_many
 from edgekd.protocols import Dataset
 from edgekd.quantization.calibration import calibrate
@@ -48,6 +50,11 @@ class Bench:
     def artifact(self, id: str) -> Path:
         """Where a candidate's files are."""
         return self.folder / "artifacts" / id
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of a photo that a latency is for."""
+        return self.recipe.budget.prompts or self.recipe.profile.prompts
 
     @property
     def threads(self) -> int | None:
@@ -124,20 +131,38 @@ def profile(bench: Bench, rows: Sequence[CandidateRow], beside: Sequence[str] = 
     def work() -> Result:
         console.log(f"profile {len(ids)} artifacts against each other")
         found = profile_many([bench.artifact(i) for i in ids], target=bench.target, warmup=settings.warmup, repeats=settings.repeats,
-                             threads=bench.threads, prompts=settings.prompts, memory=memory)
+                             threads=bench.threads, prompts=bench.prompts, memory=memory)
         return {"profiles": [p.model_dump(mode="json", by_alias=True) for p in found]}
 
-    result = bench.ledger.once("profile", ",".join(ids), fingerprint([made, settings.model_dump(), bench.threads, memory]), work)
+    result = bench.ledger.once("profile", ",".join(ids), fingerprint([made, settings.model_dump(), bench.prompts, bench.threads, memory, bench.target.device.url]), work)
     profiles = {i: Profile.model_validate(p) for i, p in zip(ids, result["profiles"], strict=True)}
     for id, one in profiles.items():
         one.save(bench.folder / "profiles" / f"{id}.json")
-    return [_with_profile(row, profiles[row.id]) if row.id in profiles else row for row in rows], profiles
+    return [segmenting(bench, with_profile(row, profiles[row.id])) if row.id in profiles else row for row in rows], profiles
 
 
-def _with_profile(row: CandidateRow, profile: Profile) -> CandidateRow:
+def with_profile(row: CandidateRow, profile: Profile) -> CandidateRow:
+    """The row with what was measured of it."""
     parts = {name: part.model_copy(update={"latency_ms": profile.components[name].latency_ms, "executed_precision": profile.components[name].executed_precision})
              for name, part in row.components.items()}
-    return row.model_copy(update={"components": parts, "latency_ms": profile.latency_ms, "peak_memory_bytes": profile.peak_memory_bytes})
+    return row.model_copy(update={"components": parts, "latency_ms": profile.latency_ms, "peak_memory_bytes": profile.peak_memory_bytes,
+                                  "energy_mj": profile.energy_mj})
+
+
+def segmenting(bench: Bench, row: CandidateRow) -> CandidateRow:
+    """The row with what segmenting everything on one photo takes, where the budget limits it."""
+    if bench.recipe.budget.everything_ms is None or row.status == "failed" or not bench.target.reachable:
+        return row
+    folder = bench.artifact(row.id)
+
+    def work() -> Result:
+        console.log(f"segment everything with {row.id}")
+        mode = "proposals" if "proposer" in row.components else "hierarchical"
+        found = profile_everything([folder], bench.target, modes=[mode], threads=bench.threads)[0]
+        return {"latency_ms": found.latency_ms.model_dump(mode="json")}
+
+    key = fingerprint([[f.model_dump() for f in artifact.Manifest.load(folder).files], bench.threads])
+    return row.model_copy(update={"everything_ms": Latency.model_validate(bench.ledger.once("everything", row.id, key, work)["latency_ms"])})
 
 
 def evaluate(bench: Bench, row: CandidateRow) -> CandidateRow:

@@ -264,7 +264,7 @@ def test_compress__exit_code_follows_the_verdict(call: Call, monkeypatch: pytest
     shown = call("compress", "--target", "host", "--data", "p", "--budget-ms", "9", "--set", "seed=1", "--fresh", "--output", "o", "--json")
     assert shown.code == (1 if found.verdict == "missed" else 0)
     assert shown.json()["schema"] == "edgekd.report/1"
-    assert seen["budget_ms"] == 9 and seen["sets"] == ["seed=1"] and seen["resume"] is False and str(seen["output"]) == "o"
+    assert seen["budget"]["latency_ms"] == 9 and seen["sets"] == ["seed=1"] and seen["resume"] is False and str(seen["output"]) == "o"
     assert "report.html" in call("compress", "--target", "host", "--data", "p", "--output", "o").out
 
 

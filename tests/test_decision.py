@@ -8,7 +8,8 @@ import pytest
 import report_sample as sample
 from report_sample import row
 
-from edgekd.decision import RULES, Rules, choose, floor, judge, ms, next_action, plan_verdicts, words
+from edgekd.budget import ms
+from edgekd.decision import RULES, Rules, choose, floor, judge, next_action, plan_verdicts, words
 from edgekd.report.schema import BudgetRow, CandidateRow, ComponentRow
 
 NONE = BudgetRow()

@@ -6,7 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from edgekd.cli.options import Data, Json, Limit, Output, Split, TargetName, Threads, app, lengths, numbers, show
+from edgekd.cli.options import (
+    BoardPython, Data, DeviceUrl, Json, KnownHosts, Limit, Output, Split, SshKey, TargetName, Threads, app, board, lengths, numbers, show,
+)
 from edgekd.errors import UsageError
 
 Modes = Annotated[list[str] | None, typer.Option("--mode", help="With --everything: grid, hierarchical or proposals. Repeatable; all when left out.")]
@@ -145,7 +147,8 @@ def profile(
     format: Annotated[str | None, typer.Option("--format", help="Of a file, where its suffix does not say it (edgekd list formats).")] = None,
     scheme: Annotated[str | None, typer.Option("--scheme", help="Of a file: the precision to run it in, where its runtime has a choice.")] = None,
     length: Annotated[list[str] | None, typer.Option("--length", metavar="AXIS=N", help="Of a file: an axis of any length, 1 when left out. Repeatable.")] = None,
-    json: Json = False,
+    save: Annotated[bool, typer.Option("--save", help="Add it to your database of latencies, from which others are predicted.")] = False,
+    device: DeviceUrl = None, ssh_key: SshKey = None, known_hosts: KnownHosts = None, board_python: BoardPython = None, json: Json = False,
 ) -> int:
     """Measure latency, memory and size on a device."""
     from edgekd import api, console
@@ -159,7 +162,8 @@ def profile(
                           [[r["mode"], r["prompts"], r["masks"], round(r["latency_ms"]["p50"], 1), round(r["parts_ms"]["decoder"]["p50"], 1)] for r in found])
         return 0
     return show(api.profile(artifact=artifact, target=target, threads=threads, warmup=warmup, repeats=repeats, prompts=prompts,
-                            format=format, scheme=scheme, lengths=lengths(length or [])), json)
+                            format=format, scheme=scheme, lengths=lengths(length or []), save=save,
+                            device=board(device, ssh_key, known_hosts, board_python)), json)
 
 
 @app.command()

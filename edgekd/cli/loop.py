@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from edgekd.cli.options import Data, Json, Limit, MaybeData, Output, RecipeName, Sets, Split, TargetName, Teacher, app, command_line, show
+from edgekd.cli.options import (
+    BoardPython, Data, DeviceUrl, Json, KnownHosts, Limit, MaybeData, Output, RecipeName, Sets, Split, SshKey, TargetName, Teacher, app, board, command_line, show,
+)
 from edgekd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,20 +22,31 @@ def compress(
     target: TargetName, data: Data, teacher: Teacher = None, recipe: RecipeName = "default",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/TEACHER-TARGET-RECIPE when left out.")] = None,
     budget_ms: Annotated[float | None, typer.Option("--budget-ms", help="Latency ceiling: encoder and one prompt, median.")] = None,
+    budget_fps: Annotated[float | None, typer.Option("--budget-fps", help="The same as photos a second, one after the other.")] = None,
+    percentile: Annotated[str | None, typer.Option("--percentile", help="Which latency is held to its ceiling: p50 (when left out) or p90.")] = None,
     budget_mb: Annotated[float | None, typer.Option("--budget-mb", help="Size ceiling of all files, 10^6 bytes.")] = None,
-    sets: Sets = None, dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its costs; start nothing.")] = False,
+    budget_memory: Annotated[float | None, typer.Option("--budget-memory", metavar="MB", help="Ceiling of peak memory, 10^6 bytes.")] = None,
+    budget_mj: Annotated[float | None, typer.Option("--budget-mj", help="Ceiling of energy for one use, on devices that tell their power.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option("--min-accuracy", help="Floor of the budget's metric, 0..1.")] = None,
+    max_drop: Annotated[float | None, typer.Option("--max-drop", help="What may be lost of it to the teacher, 0..1.")] = None,
+    objective: Annotated[str | None, typer.Option("--objective", help="Of all within the budget: fastest, most-accurate or balanced.")] = None,
+    device: DeviceUrl = None, ssh_key: SshKey = None, known_hosts: KnownHosts = None, board_python: BoardPython = None, sets: Sets = None, dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its costs; start nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Continue where an earlier run in this folder stopped, or start over.")] = True,
     json: Json = False,
 ) -> int:
     """Find the best small model for a device.
 
-    The whole loop: plan, distil, quantize, export, profile, decide, report. Exit code 1 when no candidate meets the budget.
+    The whole loop: plan, distil, quantize, export, profile, decide, report. Exit code 1 when no candidate meets the budget. Without --device, for a
+    device that is not here: everything but the measuring, and run_on_device.sh for the board. Further limits (components, prompts, segment everything) are
+    `--set budget.components.decoder=5`.
     """
     from edgekd import api, console
 
     output = output or api.run_folder(target=target, recipe=recipe, teacher=teacher)
     where: dict[str, Any] = {"target": target, "data": data, "teacher": teacher, "recipe": recipe, "sets": sets or [], "output": output,
-                             "budget_ms": budget_ms, "budget_mb": budget_mb}
+                             "device": board(device, ssh_key, known_hosts, board_python),
+                             "budget": {"latency_ms": budget_ms, "fps": budget_fps, "percentile": percentile, "size_mb": budget_mb, "memory_mb": budget_memory,
+                                        "energy_mj": budget_mj, "min_accuracy": min_accuracy, "max_drop": max_drop, "objective": objective}}
     if dry_run:
         plan = api.plan(**where)
         if json:

@@ -24,6 +24,19 @@ TargetName = Annotated[str, typer.Option("--target", help="A device by name (edg
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe: stages.0.steps=100. Repeatable.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads of the runtime.")]
 
+DeviceUrl = Annotated[str | None, typer.Option("--device", metavar="URL", help="Where the device is: ssh://user@host:port, adb://SERIAL, browser, local.")]
+SshKey = Annotated[Path | None, typer.Option("--ssh-key", help="The private key for ssh; otherwise the agent's and those of ~/.ssh.")]
+KnownHosts = Annotated[Path | None, typer.Option("--known-hosts", help="Host keys to trust, instead of ~/.ssh/known_hosts.")]
+BoardPython = Annotated[str | None, typer.Option("--board-python", help="The Python on the board that has its runtime; searched for when left out.")]
+
+
+def board(url: str | None, ssh_key: Path | None, known_hosts: Path | None, python: str | None) -> dict[str, Any]:
+    """What was said of the device, for the `device` of `edgekd.api`'s functions."""
+    for flag, file in (("--ssh-key", ssh_key), ("--known-hosts", known_hosts)):
+        if file is not None and not file.expanduser().is_file():
+            raise UsageError(f"{flag} names no file", where=file)
+    return {"url": url, "ssh_key": ssh_key, "known_hosts": known_hosts, "python": python}
+
 
 def show(document: dict[str, Any], json: bool) -> int:
     """A result: the JSON document, or one `key: value` line each."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from edgekd.decision import accuracy, ms, words
+from edgekd.budget import accuracy, latency_ceiling, ms
+from edgekd.decision import words
 from edgekd.report.figures import Curve
 from edgekd.report.schema import CandidateRow, Report
 from edgekd.report.words import score, short
@@ -71,7 +72,7 @@ def tradeoff(report: Report, width: int, height: int, css: str = "") -> Markup:
     if len(rows) < 2:
         return Markup("")
     teacher = _teacher_point(report)
-    xs = [_x(r) for r in rows] + ([teacher[0]] if teacher else []) + ([report.budget.latency_ms] if report.budget.latency_ms else [])
+    xs = [_x(r) for r in rows] + ([teacher[0]] if teacher else []) + ([limit] if (limit := latency_ceiling(report.budget)) else [])
     ys = [_y(r, metric) for r in rows] + ([teacher[1]] if teacher else [])
     log = max(xs) > 6 * min(xs)
     x, y = spread(xs, 52, width - 14, log=log), spread(ys, height - 44, 16, pad=0.1)
@@ -125,7 +126,7 @@ def _grid(x: Axis, y: Axis, width: int, height: int, below: str, ticks: tuple[in
 
 
 def _budget(report: Report, x: Axis, y: Axis) -> list[Markup]:
-    limit = report.budget.latency_ms
+    limit = latency_ceiling(report.budget)
     if limit is None:
         return []
     at = x(limit)

@@ -12,7 +12,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from edgekd.decision import RULES, accuracy, words
+from edgekd.budget import accuracy
+from edgekd.decision import RULES, words
 from edgekd.measurement import Latency, Provenance
 from edgekd.report import charts
 from edgekd.report import words as say

@@ -18,6 +18,7 @@ from typing_extensions import Self
 from edgekd.errors import EdgekdError
 from edgekd.measurement import Latency, Provenance
 from edgekd.protocols import State
+from edgekd.recipe import Budget as BudgetRow
 from edgekd.workspace import write_atomic
 
 SCHEMA = "edgekd.report/1"
@@ -101,7 +102,11 @@ class CandidateRow(_Row):
     params: int | None = None
     components: dict[str, ComponentRow] = {}
     latency_ms: Latency | None = None
-    """Encoder and decoder together, one prompt."""
+    """Encoder and decoder together, for the budget's number of prompts, one when it names none."""
+    everything_ms: Latency | None = None
+    """Segment everything on one photo, where the budget limits it."""
+    energy_mj: float | None = None
+    """Of one use, where the device tells its power."""
     peak_memory_bytes: int | None = None
     size_bytes: int | None = None
     accuracy: Accuracy | None = None
@@ -130,7 +135,11 @@ class Nearest(_Row):
     gap_mb: float | None = None
     gap_memory_mb: float | None = None
     gap_accuracy: float | None = None
+    gaps: dict[str, float] = {}
+    """Limit of the budget -> by how much it is missed, all of them."""
     reason: str
+    give: list[str] = []
+    """What would have to give: for each limit that helps alone, how far it must be loosened and what would then be chosen."""
 
 
 class Speedup(_Row):
@@ -165,17 +174,6 @@ class Protocol(_Row):
     labels: str | None = None
     split: str | None = None
     skipped: list[str] = []
-
-
-class BudgetRow(_Row):
-    """The limits that were asked for. MB is 10^6 bytes; accuracies are fractions, `max_drop` counts from the teacher."""
-
-    latency_ms: float | None = None
-    size_mb: float | None = None
-    memory_mb: float | None = None
-    min_accuracy: float | None = None
-    max_drop: float | None = None
-    metric: str = "teacher_agreement.box"
 
 
 class Run(_Row):

@@ -8,7 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from edgekd.decision import accuracy, words
+from edgekd.budget import accuracy
+from edgekd.decision import words
 from edgekd.report import words as say
 from edgekd.report.html import ordered
 from edgekd.report.schema import CandidateRow, Report
@@ -33,6 +34,8 @@ def table(report: Report, page: Path | None = None) -> Group:
     if against:
         parts += [Text("\nnot taken, because"), why]
     parts += [Text(""), Text(say.headline(report), style="bold"), Text(f"{report.reason}.")]
+    if report.nearest and report.nearest.give:
+        parts += [Text("what would have to give, one limit alone:"), *(Text(f"  {one}") for one in report.nearest.give)]
     if any(r.latency_ms and r.latency_ms.provenance != "measured" for r in report.candidates):
         parts.append(Text(f"{say.MARKS['predicted']} predicted, {say.MARKS['quoted']} quoted; the other numbers were measured"))
     if page is not None:

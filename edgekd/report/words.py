@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import re
 
-from edgekd.decision import MB, accuracy, ms, words
+from edgekd.budget import MB, accuracy, latency_ceiling, ms
+from edgekd.decision import words
 from edgekd.report.schema import CandidateRow, Report
 
 DASH, AGREEMENT = "–", "teacher_agreement.box"
@@ -64,9 +65,13 @@ def ratio(a: CandidateRow, report: Report) -> float | None:
 
 def limits(report: Report) -> list[str]:
     """The budget, limit by limit."""
-    b = report.budget
-    said = [f"at most {b.latency_ms:g} ms" if b.latency_ms is not None else "", f"at most {b.size_mb:g} MB" if b.size_mb is not None else "",
-            f"at most {b.memory_mb:g} MB of memory" if b.memory_mb is not None else "",
+    b, ceiling = report.budget, latency_ceiling(report.budget)
+    tail = "" if b.percentile == "p50" else f" ({b.percentile})"
+    said = [f"at least {b.fps:g} photos a second{tail}" if b.fps is not None else f"at most {ceiling:g} ms{tail}" if ceiling is not None else "",
+            *(f"at most {most:g} ms for the {part}{tail}" for part, most in b.components.items()),
+            f"at most {b.everything_ms:g} ms to segment everything{tail}" if b.everything_ms is not None else "",
+            f"at most {b.size_mb:g} MB" if b.size_mb is not None else "", f"at most {b.memory_mb:g} MB of memory" if b.memory_mb is not None else "",
+            f"at most {b.energy_mj:g} mJ" if b.energy_mj is not None else "",
             f"{words(b.metric)} of at least {b.min_accuracy:g}" if b.min_accuracy is not None else "",
             f"{words(b.metric)} at most {b.max_drop:g} below the teacher" if b.max_drop is not None else ""]
     return [s for s in said if s]
