@@ -338,6 +338,13 @@ def report(*, run: Path) -> Path:
     return reports.rebuild(Path(run))
 
 
+def merge(*, run: Path, measured: Path) -> Report:
+    """The report of a run for a device out of reach, with what the board's owner measured there (`measured.json`)."""
+    from edgekd import handover
+
+    return handover.merge(Path(run), Path(measured))
+
+
 def doctor(*, install: str | None = None) -> dict[str, Any]:
     """What works on this machine, and the exact command that mends what does not.
 

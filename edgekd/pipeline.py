@@ -30,6 +30,7 @@ from edgekd.measurement import Circumstances
 from edgekd.models.sam import Sam
 from edgekd.plan import Plan, make_plan
 from edgekd.profiling.profile import Profile
+from edgekd.profiling.transport import reach
 from edgekd.protocols import Dataset
 from edgekd.recipe import REFERENCE_SCHEME, Recipe, Stage
 from edgekd.report import schema
@@ -101,6 +102,7 @@ def compress(options: CompressOptions) -> Report:
     stages = check_recipe(chosen.recipe)
     taught = load_teachers(chosen.recipe, chosen.data, usable_folder(chosen.output / "teacher"))
     usable_folder(chosen.output)
+    look_at_device(chosen.target)
     with run_lock(chosen.output):
         if not chosen.resume:
             clear(chosen.output)
@@ -112,7 +114,31 @@ def compress(options: CompressOptions) -> Report:
         found = assemble(run, decision, started, time.monotonic() - clock)
         report.write(chosen.output, found, overlays(run.bench, decision.chosen, run.data.held_out), run.curves)
         console.log(f"report: {chosen.output / 'report.html'}")
+        hand_over(run)
     return found
+
+
+def look_at_device(device: Target) -> None:
+    """A board that is out of reach is told before any work, and so is what it is."""
+    if not device.reachable or device.device.transport == "local":
+        return
+    with reach(device) as board:
+        about = board.probe()
+        console.log(f"{device.name}: {', '.join(str(about[k]) for k in ('device', 'os', 'arch') if about.get(k))} by {board.name}")
+
+
+def hand_over(run: Run) -> None:
+    """For a device out of reach: what its owner carries there."""
+    if run.options.target.reachable:
+        return
+    from edgekd import handover
+    from edgekd.profiling import boards
+
+    settings, bench = run.recipe.profile, run.bench
+    asked = boards.Asked(warmup=settings.warmup, repeats=settings.repeats, threads=bench.threads, prompts=bench.prompts)
+    script = handover.write(run.options.output, list(run.rows.values()), asked, run.options.target)
+    if script is not None:
+        console.log(f"nothing was measured on {run.options.target.name}: run {script} there (it says how), then edgekd report {run.options.output} --merge {handover.RESULT}")
 
 
 def plan(options: CompressOptions) -> Plan:
@@ -144,7 +170,7 @@ def space(options: CompressOptions) -> list[Candidate]:
 
 def clear(folder: Path) -> None:
     """Forget an earlier run; only what a run writes is removed."""
-    for name in ("ledger.jsonl", "cache", "checkpoints", "artifacts", "profiles", "report"):
+    for name in ("ledger.jsonl", "cache", "checkpoints", "artifacts", "profiles", "report", "board", "run_on_device.sh"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -7,7 +7,22 @@ from typing import Annotated, Any
 import typer
 
 from edgekd.cli.options import (
-    BoardPython, Data, DeviceUrl, Json, KnownHosts, Limit, Output, Split, SshKey, TargetName, Threads, app, board, lengths, numbers, show,
+    BoardPython,
+    Data,
+    DeviceUrl,
+    Json,
+    KnownHosts,
+    Limit,
+    Output,
+    Split,
+    SshKey,
+    TargetName,
+    Threads,
+    app,
+    board,
+    lengths,
+    numbers,
+    show,
 )
 from edgekd.errors import UsageError
 
@@ -234,8 +249,18 @@ def predict(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")], json: Json = False) -> int:
-    """Make the report of a run again."""
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    merge: Annotated[Path | None, typer.Option("--merge", metavar="MEASURED.JSON", help="What run_on_device.sh of this run wrote on the board.")] = None,
+    json: Json = False,
+) -> int:
+    """Make the report of a run again.
+
+    With --merge the candidates are judged anew by what a board measured; exit code 1 when none meets the budget there.
+    """
     from edgekd import api
 
-    return show({"report": str(api.report(run=run))}, json)
+    if merge is None:
+        return show({"report": str(api.report(run=run))}, json)
+    found = api.merge(run=run, measured=merge)
+    return show({"report": str(run / "report.html"), "verdict": found.verdict, "chosen": found.chosen, "reason": found.reason}, json) or int(found.verdict == "missed")

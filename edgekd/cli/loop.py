@@ -8,7 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from edgekd.cli.options import (
-    BoardPython, Data, DeviceUrl, Json, KnownHosts, Limit, MaybeData, Output, RecipeName, Sets, Split, SshKey, TargetName, Teacher, app, board, command_line, show,
+    BoardPython,
+    Data,
+    DeviceUrl,
+    Json,
+    KnownHosts,
+    Limit,
+    MaybeData,
+    Output,
+    RecipeName,
+    Sets,
+    Split,
+    SshKey,
+    TargetName,
+    Teacher,
+    app,
+    board,
+    command_line,
+    show,
 )
 from edgekd.errors import UsageError
 
