@@ -142,10 +142,30 @@ def test_compress__killed_then_continues(some_photos: Path, tmp_path: Path, edge
     assert Ledger(folder / "ledger.jsonl").path.read_text().count('"what": "train"') == 1
 
 
-def test_compress__an_unreachable_target_is_built_but_unverified(some_photos: Path, tmp_path: Path) -> None:
-    report = api.compress(teacher="sam_nano", target="jetson", data=some_photos, recipe="smoke", output=tmp_path / "j",
-                          sets=[*SMALL, "formats=[onnx]", "quantization.schemes=[fp32]"])
-    assert report.verdict == "unverified" and all(c.latency_ms is None for c in report.candidates)
+def test_compress__an_unreachable_target_is_built_but_unverified_until_its_board_has_measured(some_photos: Path, tmp_path: Path) -> None:
+    run, board = tmp_path / "j", tmp_path / "a board's folder"
+    report = api.compress(teacher="sam_nano", target="jetson", data=some_photos, recipe="smoke", output=run, sets=[*SMALL, "formats=[onnx]", "quantization.schemes=[fp32]"])
+    assert report.verdict == "unverified"
+    assert all(c.latency_ms is None or c.latency_ms.provenance == "predicted" for c in report.candidates)
+    board.mkdir()
+    shutil.copy(run / "run_on_device.sh", board)
+    shutil.copytree(run / "board", board / "board")
+    done = subprocess.run(["sh", str(board / "run_on_device.sh")], capture_output=True, text=True, env={**os.environ, "EDGEKD_PYTHON": sys.executable}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = api.merge(run=run, measured=board / "measured.json")
+    chosen = found.best
+    assert found.verdict == "met" and chosen is not None and chosen.latency_ms is not None and chosen.latency_ms.provenance == "measured"
+    assert chosen.components["decoder"].latency_ms is not None and found.environment["device"]
+    assert api.merge(run=run, measured=board / "measured.json").document() == found.document()  # twice is once
+    other = json.loads((board / "measured.json").read_text())
+    other["models"][0]["id"] = "another-256-onnx-fp32"
+    (board / "other.json").write_text(json.dumps(other))
+    with pytest.raises(EdgekdError, match="another-256-onnx-fp32"):
+        api.merge(run=run, measured=board / "other.json")
+    (board / "cut.json").write_text((board / "measured.json").read_text()[:100])
+    with pytest.raises(EdgekdError, match="not what a board measured"):
+        api.merge(run=run, measured=board / "cut.json")
+    assert api.merge(run=run, measured=board / "measured.json").verdict == "met"
 
 
 @pytest.mark.parametrize("sets", [["students=[{name: repvit_xz}]"], ["formats=[onxx]"], ["quantization.schemes=[w8a8_statik]"]])
