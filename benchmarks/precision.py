@@ -37,6 +37,8 @@ CALIBRATION = ROOT / "examples/photos"
 FORMATS = ("onnx", "openvino", "litert", "executorch")
 PHOTOS, INSTANCES = 24, 6
 MAX_DROP = 0.3
+EXPORTS = {"executorch": 6}
+"""Format -> precisions tried at most, where lowering one takes a minute."""
 NAIVE = "w8a8_static[naive]"
 Row = dict[str, Any]
 
@@ -46,7 +48,7 @@ def searched(model: str, format: str, folder: Path, ranks: dict[str, Sensitivity
     bench = comparing.bench(model, format, targets.resolve("host"), open_data(CALIBRATION), folder, 32)
     if model not in ranks:
         ranks[model] = mixing.ranked(bench)  # of torch modules: the same for every format
-    found = mixing.search(bench, ranks[model], mixing.Budget(MAX_DROP))
+    found = mixing.search(bench, ranks[model], mixing.Budget(MAX_DROP), most=EXPORTS.get(format, mixing.MOST_EXPORTS))
     rows = [{"method": "float" if schemes.parse(r["scheme"]).scheme.is_float else "plain" if r["scheme"] == mixing.INTEGER else "tried"} | r for r in found["candidates"]]
     rows += [{"scheme": text, "method": "tried", "status": "failed", "reason": why} for text, why in found["failed"].items()]
     rows.append(next(r for r in rows if r.get("id") == found["id"]) | {"method": "edgekd", "verdict": found["verdict"], "reason": found["reason"],

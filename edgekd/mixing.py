@@ -108,9 +108,9 @@ def auto(*, model: str | Path, format: str, target: Target, data: str | Path | N
     return search(found, ranked(found), budget)
 
 
-def search(found: Bench, ranks: Sensitivity, budget: Budget) -> dict[str, Any]:
-    """`auto` on a bench whose layers are ranked; `auto.json` in its folder."""
-    tries = _Search(found, ranks, budget.max_drop)
+def search(found: Bench, ranks: Sensitivity, budget: Budget, *, most: int = MOST_EXPORTS) -> dict[str, Any]:
+    """`auto` on a bench whose layers are ranked, with `most` exports; `auto.json` in its folder."""
+    tries = _Search(found, ranks, budget.max_drop, most)
     tries.run()
     rows = found.rows(tries.made, most=budget.max_drop / 100)
     metric = f"{plugins.task_of(found.source).compared_by}_drop"
@@ -126,8 +126,8 @@ def search(found: Bench, ranks: Sensitivity, budget: Budget) -> dict[str, Any]:
 class _Search:
     """The precisions that are tried, one export after the other; what cannot be exported is noted and left out."""
 
-    def __init__(self, bench: Bench, ranks: Sensitivity, max_drop: float) -> None:
-        self.bench, self.ranks, self.max_drop = bench, ranks, max_drop
+    def __init__(self, bench: Bench, ranks: Sensitivity, max_drop: float, most: int) -> None:
+        self.bench, self.ranks, self.max_drop, self.most = bench, ranks, max_drop, most
         self.made: list[Manifest] = []
         self.failed: dict[str, str] = {}
 
@@ -157,12 +157,12 @@ class _Search:
         """More and more of the most sensitive layers in float: at least a few, and until the drop is within the budget; then half-way back to the last
         that was not."""
         order, low, high = [layer.name for layer in self.ranks.layers], 0, 1
-        while high < len(order) and len(self.made) < MOST_EXPORTS:
+        while high < len(order) and len(self.made) < self.most:
             within = self._within(base.keeping(order[:high]))
             if within and high >= FEW:
                 break
             low, high = (low if within else high), 2 * high
-        while high - low > 1 and low >= FEW and len(self.made) < MOST_EXPORTS:
+        while high - low > 1 and low >= FEW and len(self.made) < self.most:
             middle = (low + high) // 2
             low, high = (low, middle) if self._within(base.keeping(order[:middle])) else (middle, high)
 
