@@ -43,12 +43,12 @@ NAIVE = "w8a8_static[naive]"
 Row = dict[str, Any]
 
 
-def searched(model: str, format: str, folder: Path, ranks: dict[str, Sensitivity]) -> list[Row]:
+def searched(model: str, format: str, folder: Path, ranks: dict[str, Sensitivity], most: int) -> list[Row]:
     """All precisions of one model in one format: paths, schemes and methods; a row that failed has its reason."""
     bench = comparing.bench(model, format, targets.resolve("host"), open_data(CALIBRATION), folder, 32)
     if model not in ranks:
         ranks[model] = mixing.ranked(bench)  # of torch modules: the same for every format
-    found = mixing.search(bench, ranks[model], mixing.Budget(MAX_DROP), most=EXPORTS.get(format, mixing.MOST_EXPORTS))
+    found = mixing.search(bench, ranks[model], mixing.Budget(MAX_DROP), most=min(most, EXPORTS.get(format, most)))
     rows = [{"method": "float" if schemes.parse(r["scheme"]).scheme.is_float else "plain" if r["scheme"] == mixing.INTEGER else "tried"} | r for r in found["candidates"]]
     rows += [{"scheme": text, "method": "tried", "status": "failed", "reason": why} for text, why in found["failed"].items()]
     rows.append(next(r for r in rows if r.get("id") == found["id"]) | {"method": "edgekd", "verdict": found["verdict"], "reason": found["reason"],
@@ -81,7 +81,7 @@ def _figures(name: str, first: str, scores: Mapping[str, Mapping[str, float]], t
                                                  for threads in (1, None) for which in ("encoder", "together")}}
 
 
-def measured(models: Sequence[str], formats: Sequence[str], work: Path, data: Any) -> list[Row]:
+def measured(models: Sequence[str], formats: Sequence[str], work: Path, data: Any, most: int) -> list[Row]:
     """All rows, those of a model in a format kept in `work` when they are finished."""
     kept, ranks, rows = work / "rows.json", dict[str, Sensitivity](), list[Row]()
     known: dict[str, list[Row]] = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -91,7 +91,7 @@ def measured(models: Sequence[str], formats: Sequence[str], work: Path, data: An
             if key not in known:
                 begun = time.monotonic()
                 try:
-                    known[key] = with_figures(searched(model, format, work / Path(model).stem / format, ranks), data)
+                    known[key] = with_figures(searched(model, format, work / Path(model).stem / format, ranks, most), data)
                 except EdgekdError as e:  # the others are worth having; the same command tries this one again
                     console.warn(f"{key}: {e}")
                     continue
@@ -108,13 +108,14 @@ def main() -> None:
     parser.add_argument("--models", default="repvit_s,sam_nano", help="names or checkpoints, with commas between")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--work", type=Path, help="where artifacts and finished rows are kept")
+    parser.add_argument("--exports", type=int, default=mixing.MOST_EXPORTS, help="precisions that are tried for a model in a format, at most")
     given = parser.parse_args()
     name = f"{PACK.name} val" if PACK.is_dir() else "scenes:seed=77001,count=40"
     data = open_data(str(PACK), split="val", limit=PHOTOS) if PACK.is_dir() else open_data(name, limit=PHOTOS)
     with tempfile.TemporaryDirectory() as temporary:
         work = given.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        rows = measured(given.models.split(","), given.formats.split(","), work, data)
+        rows = measured(given.models.split(","), given.formats.split(","), work, data, given.exports)
     write_json(given.output, {"benchmark": "precision", "data": name, "photos": PHOTOS, "instances_per_photo": INSTANCES, "max_drop": MAX_DROP, "rows": rows,
                               "toolchains": {n: plugins.exporter(n).availability().version for n in given.formats.split(",")}, "versions": installed(),
                               "circumstances": Circumstances.capture().model_dump(mode="json")})
