@@ -224,21 +224,21 @@ def prune(*, model: str | Path, data: str | Path, output: Path, target: str = "h
 
 def profile(*, artifact: str | Path, target: str = "host", threads: int | None = None, warmup: int = 3, repeats: int = 30, prompts: int = 1,
             format: str | None = None, scheme: str | None = None, lengths: Mapping[str, int] | None = None, layers: bool = False, save: bool = False,
-            device: Mapping[str, Any] | None = None) -> dict[str, Any]:
+            device: Mapping[str, Any] | None = None, output: Path | None = None) -> dict[str, Any]:
     """Latency, memory and size of an artifact on a device, with the circumstances; or of a model file of any format alone.
 
     Args:
         format: of a file, where its suffix does not say it.
         scheme: the precision that a file is to be run in, where its runtime has a choice.
         lengths: of a file's axes of any length, which are 1 otherwise.
-        layers: also what every operator takes.
+        layers: also what every operator takes, with advice; `output` is a folder for a page of it, `layers.html`.
         save: add it to the user's database of latencies, from which others are predicted.
         device: where it is (`resolve_target`).
     """
     from edgekd import measuring
 
     return measuring.profile(measuring.Request(str(artifact), resolve_target(target, device), threads, warmup, repeats, prompts, format, scheme, lengths or {},
-                                               layers, save))
+                                               layers, save, output))
 
 
 def profile_everything(*, artifact: str | Path, target: str = "host", threads: int | None = None, repeats: int = 10, modes: Sequence[str] = (),

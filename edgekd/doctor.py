@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,8 @@ from edgekd.measurement import PACKAGES, cpu, installed
 
 GB = 1e9
 LITTLE_DISK, LITTLE_MEMORY = 5 * GB, 4 * GB
-TRANSPORTS = {
-    "local": (None, "this machine"),
-    "ssh": ("ssh", "not built into this version; copy the artifact to the board by hand"),
-    "adb": ("adb", "not built into this version; copy the artifact to the phone by hand"),
-    "browser": (None, "not built into this version; serve the ONNX files to a page with onnxruntime-web"),
-}
+TRANSPORTS = ("local", "ssh", "adb", "browser")
+DEVICES = 'pip install "edgekd[devices]"'
 
 
 def examine(folder: Path = Path()) -> dict[str, Any]:
@@ -43,16 +40,21 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
 
 
 def install(name: str) -> Path:
-    """Make the Python environment of a toolchain that cannot share this one; its interpreter. What is being done is logged.
+    """Make the Python environment of a toolchain that cannot share this one (its interpreter is returned), or, of the name `browser`, bring
+    onnxruntime-web (its folder). What is being done is logged.
 
     Raises:
         UsageError: no environment of that name.
-        EdgekdError: no fitting Python, too little disk, or a step fails; nothing is left behind.
+        EdgekdError: no fitting Python or no npm, too little disk, or a step fails; nothing is left behind.
     """
     from edgekd.teachers.huggingface import forbidden  # loads torch
 
     if forbidden():
         raise UsageError("nothing is installed offline", hint="leave --offline away")
+    if name == "browser":
+        from edgekd.profiling.transport import _ort_web
+
+        return _ort_web.install(console.log)
     return _envs.install(name, console.log)
 
 
@@ -102,6 +104,35 @@ def disk(folder: Path) -> dict[str, Any]:
 
 
 def transports() -> list[dict[str, Any]]:
-    """The ways to a device. Only `local` is built in this version; the others say so."""
-    return [{"name": name, "ok": name == "local", "tool": shutil.which(tool) if tool else None, "note": note}
-            for name, (tool, note) in TRANSPORTS.items()]
+    """The ways to a device: whether each can be gone from here, by which program, and what mends it where not."""
+    found = {"local": {"ok": True, "tool": None, "note": "this machine", "fix": None}, "ssh": _ssh(), "adb": _adb(), "browser": _browser()}
+    return [{"name": name, **found[name]} for name in TRANSPORTS]
+
+
+def _ssh() -> dict[str, Any]:
+    version = installed(("paramiko",)).get("paramiko")
+    note = f"paramiko {version}: --device ssh://user@host" if version else "the package paramiko is missing"
+    return {"ok": version is not None, "tool": None, "note": note, "fix": None if version else DEVICES}
+
+
+def _adb() -> dict[str, Any]:
+    version = installed(("adbutils",)).get("adbutils")
+    spec = find_spec("adbutils") if version else None
+    own = next((str(p) for folder in (spec.submodule_search_locations or [] if spec else []) if (p := Path(folder) / "binaries/adb").is_file()), None)
+    tool = shutil.which("adb") or own
+    ok = version is not None and tool is not None
+    note = f"adbutils {version}: --device adb://SERIAL" if ok else "the package adbutils is missing" if version is None else "adbutils has no adb program for this machine"
+    return {"ok": ok, "tool": tool, "note": note, "fix": None if ok else DEVICES if version is None else "apt-get install adb"}
+
+
+def _browser() -> dict[str, Any]:
+    from edgekd.profiling.transport import _chromium, _ort_web
+
+    tool: str | None = None
+    try:
+        tool = _chromium.find()
+        if (ort := _ort_web.find()) is None:
+            return {"ok": False, "tool": tool, "note": f"onnxruntime-web {_ort_web.version()} is missing", "fix": _ort_web.INSTALL}
+    except EdgekdError as e:
+        return {"ok": False, "tool": tool, "note": e.what, "fix": e.hint}
+    return {"ok": True, "tool": tool, "note": f"onnxruntime-web {_ort_web.version()} in {ort.parent}", "fix": None}

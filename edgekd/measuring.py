@@ -28,16 +28,32 @@ class Request:
     lengths: Mapping[str, int] = field(default_factory=dict)
     layers: bool = False
     save: bool = False
+    output: Path | None = None
+    """A folder for `layers.html`, of a profile with layers."""
 
 
 def profile(asked: Request) -> dict[str, Any]:
     """Measure, and say it as a document; `save` adds it to the user's database of latencies."""
+    if asked.output is not None and not asked.layers:
+        raise UsageError("the page that --output writes is of single layers", hint="add --layers, or leave --output out")
     folder = subject(asked)
     found = profile_artifact(folder, asked.target, prompts=asked.prompts, threads=asked.threads, warmup=asked.warmup, repeats=asked.repeats, layers=asked.layers)
     document = found.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if found.layers is not None:
+        document |= _explained(found, asked)
     if asked.save:
-        document["saved"] = str(_saved(found, folder))
+        document["saved"] = str(_saved(found, folder, asked.target))
     return document
+
+
+def _explained(found: Profile, asked: Request) -> dict[str, Any]:
+    """What layers add to the document: sums, advice, and the page where one is wanted."""
+    from edgekd.profiling.advice import advise
+    from edgekd.report import layers as pages
+
+    advice = advise(found.layers or [], {name: part.latency_ms.p50 for name, part in found.components.items()}, prompts=found.prompts)
+    page = {"page": str(pages.page(asked.output / "layers.html", found, advice))} if asked.output is not None else {}
+    return {**pages.document(found, advice), **page}
 
 
 def subject(asked: Request) -> Path | bare.ModelFile:
@@ -60,9 +76,7 @@ def subject(asked: Request) -> Path | bare.ModelFile:
     return folder
 
 
-def _saved(found: Profile, folder: Path | bare.ModelFile) -> Path:
+def _saved(found: Profile, folder: Path | bare.ModelFile, target: Target) -> Path:
     from edgekd.latency import database
 
-    if isinstance(folder, bare.ModelFile):
-        raise UsageError("--save keeps what artifacts take, and this is a file alone", where=folder.path, hint="export it with edgekd, or leave --save out")
-    return database.save(found, folder)
+    return database.save(found, target, folder)

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from edgekd import __version__, checkpoint, console, plugins, recipe, report, students, target, teachers, trial
+from edgekd import __version__, checkpoint, console, exploring, plugins, recipe, report, students, target, teachers, trial
 from edgekd import budget as budgets
 from edgekd.checkpoint import weights_sha256
 from edgekd.data import Subset, open_data
@@ -36,6 +36,8 @@ from edgekd.recipe import REFERENCE_SCHEME, Recipe, Stage
 from edgekd.report import schema
 from edgekd.report.figures import Curve
 from edgekd.report.schema import Accuracy, CandidateRow, Report
+from edgekd.search.declared import everyone
+from edgekd.search.declared import options as declared_options
 from edgekd.search.space import Candidate, candidates
 from edgekd.showing import overlays
 from edgekd.target import Target
@@ -164,13 +166,16 @@ def with_formats(options: CompressOptions) -> CompressOptions:
 def space(options: CompressOptions) -> list[Candidate]:
     """Every candidate of the recipe that the target can run; unknown students and refused schemes and formats are usage errors."""
     r = options.recipe
-    return candidates({str(students.parse(s.name)): s.image_sizes for s in r.students}, list(r.formats), list(r.quantization.schemes), runs=options.target.runs,
+    named = {str(students.parse(s.name)): s.image_sizes for s in r.students}
+    if r.search.strategy == "explore":
+        named = everyone(declared_options(r.search.space, named))
+    return candidates(named, list(r.formats), list(r.quantization.schemes), runs=options.target.runs,
                       exports={name: e.schemes for name, e in plugins.exporters().items()}, target=options.target.name)
 
 
 def clear(folder: Path) -> None:
     """Forget an earlier run; only what a run writes is removed."""
-    for name in ("ledger.jsonl", "cache", "checkpoints", "artifacts", "profiles", "report", "board", "run_on_device.sh"):
+    for name in ("ledger.jsonl", "cache", "checkpoints", "artifacts", "profiles", "report", "search", "board", "run_on_device.sh"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -220,8 +225,12 @@ def plan_students(run: Run, points: Sequence[Candidate]) -> None:
     """Measure untrained float candidates, since latency needs no weights, and reject what no training can bring within the budget.
 
     With a budget every scheme is measured untrained. Without one only the float reference is, and only where it decides which
-    students are trained.
+    students are trained. A search that explores measures whom it comes to (`edgekd.exploring`), the teacher beforehand.
     """
+    if run.recipe.search.strategy == "explore":
+        with_teacher(run)
+        run.profiles.update(trial.profile(run.bench, [], [TEACHER] if teacher_built(run) else [])[1])
+        return
     budget, groups = run.recipe.budget, by_student(points)
     limited = budgets.limited(budget)
     undecided = len(groups) > run.recipe.search.max_trained
@@ -281,22 +290,30 @@ def with_teacher(run: Run) -> None:
 def train_and_measure(run: Run, points: Sequence[Candidate]) -> None:
     """Train the student that the decision asks for next, measure its candidates, and ask again."""
     groups = by_student(points)
+    if run.recipe.search.strategy == "explore":
+        exploring.explore(run, groups, lambda name, size, group: train_one(run, name, size, group))
+        return
     while True:
         action = next_action(list(run.rows.values()), run.recipe.budget, run.target_value, max_students=run.recipe.search.max_trained)
         console.log(f"{action.kind}: {action.reason}")
         if action.kind == "stop" or action.student is None or action.image_size is None:
             return
-        student = trained_student(run, action.student, action.image_size)
-        source = weights_sha256(student)
         dropped = {id for id, row in run.rows.items() if row.stage == "plan"}
-        rows = [trial.export(run.bench, trial.build_row(c, student, trained=True), student, source)
-                for c in groups[action.student, action.image_size] if c.id not in dropped]
-        rows, profiles = trial.profile(run.bench, rows, [TEACHER] if teacher_built(run) else [])
-        run.profiles.update(profiles)
-        for row in rows:
-            run.rows[row.id] = trial.evaluate(run.bench, row)
-        if all(row.status == "failed" for row in rows):
-            console.warn(f"no candidate of {action.student} at {action.image_size} could be built: {rows[0].reason if rows else 'none was left'}")
+        rows = train_one(run, action.student, action.image_size, [c for c in groups[action.student, action.image_size] if c.id not in dropped])
+        run.rows.update({row.id: row for row in rows})
+
+
+def train_one(run: Run, name: str, size: int, group: Sequence[Candidate]) -> list[CandidateRow]:
+    """Train a student, export its candidates, measure and evaluate them."""
+    student = trained_student(run, name, size)
+    source = weights_sha256(student)
+    rows = [trial.export(run.bench, trial.build_row(c, student, trained=True), student, source) for c in group]
+    rows, profiles = trial.profile(run.bench, rows, [TEACHER] if teacher_built(run) else [])
+    run.profiles.update(profiles)
+    rows = [trial.evaluate(run.bench, row) for row in rows]
+    if all(row.status == "failed" for row in rows):
+        console.warn(f"no candidate of {name} at {size} could be built: {rows[0].reason if rows else 'none was left'}")
+    return rows
 
 
 def trained_student(run: Run, name: str, size: int) -> Sam:

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from edgekd.errors import CannotTake
+from edgekd.errors import CannotTake, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,10 +56,8 @@ class Sample:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Images with or without instance masks, in a fixed order.
-
-    Data with classes of whole photos also has `has_classes`, `classes_of(index) -> int | None`, which reads no pixels, and `class_names`.
-    """
+    """Images with or without instance masks, in a fixed order. Data with classes of whole photos also has `has_classes`,
+    `classes_of(index) -> int | None`, which reads no pixels, and `class_names`."""
 
     name: str
     skipped: list[str]
@@ -259,13 +257,12 @@ class Component:
 
 @dataclass(frozen=True)
 class Port:
-    """An input of an opened file. `shape` has None where any length will do."""
+    """An input of an opened file. `shape` has None where any length will do; `axes` what the file calls such an axis, where it does."""
 
     name: str
     shape: tuple[int | None, ...]
     dtype: str
     axes: tuple[str | None, ...] = ()
-    """What the file calls its axes of any length, where it does."""
 
 
 class Session(Protocol):
@@ -310,14 +307,8 @@ against the model."""
 
 @dataclass(frozen=True)
 class Check:
-    """What was found out about a file that cannot run here.
-
-    Args:
-        how: one clause for the manifest, of what was done with what version.
-        precision: what the file says it computes in, as a session's `executed_precision`.
-        ops: operators of the file as a session's `executed_ops`.
-        details: further findings, as JSON.
-    """
+    """What was found out about a file that cannot run here: `how`, one clause for the manifest, of what was done with what version; `precision`, what the
+    file says it computes in, and `ops`, its operators, as a session's `executed_precision` and `executed_ops`; `details`, further findings, as JSON."""
 
     state: State
     how: str
@@ -335,10 +326,7 @@ def package_version(package: str) -> str | None:
 
 
 class Exporter(Protocol):
-    """One file format with its runtime: a module-level object named `exporter` in `export/<format>.py`.
-
-    What follows `open` may be left out: `Facts` holds what is then assumed.
-    """
+    """One file format with its runtime: a module-level object named `exporter` in `export/<format>.py`. What else one may have is in `Facts`."""
 
     format: str
     suffix: str
@@ -384,6 +372,16 @@ class Facts:
         """What computes the file's own contents where its runtime is not: a vendor's simulator, an interpreter of the format. None: nothing does.
         Numbers of it are never the device's; its class says in one clause, `stand_in_for`, what it is."""
         return None
+
+    def layers(self, path: Path, *, scheme: str, inputs: Mapping[str, np.ndarray], threads: int | None = None, repeats: int = 30) -> list[dict[str, Any]]:
+        """What every operator takes in one run, in their order: `{"name", "op", "ms", "precision"}` as the runtime tells them, median of `repeats` runs, and
+        `covers`, the operators of the file that a kernel computes, where that is known. Raises UsageError where the runtime does not tell times."""
+        raise UsageError(f"the runtime of '{self.format}' tells no times of single operators", where=path,  # type: ignore[attr-defined]
+                         hint="profile the same model as onnx, openvino or litert")
+
+    def modules(self, path: Path) -> Mapping[str, str]:
+        """Name of an operator in the file -> the module of the network that it came from, "" for what is in none; {} where the file says nothing."""
+        return {}
 
 
 def facts(exporter: Exporter) -> Any:

@@ -16,6 +16,7 @@ from typing_extensions import Self
 from edgekd import config, plugins
 from edgekd.config import Settings
 from edgekd.errors import UsageError
+from edgekd.search_section import SearchSection, check_sizes
 
 Fraction = float
 REFERENCE_SCHEME = "fp32"
@@ -41,10 +42,7 @@ class StudentSpace(Settings):
     @field_validator("image_sizes")
     @classmethod
     def _stride(cls, sizes: list[int]) -> list[int]:
-        wrong = [s for s in sizes if s < 32 or s % 32]
-        if wrong:
-            raise ValueError(f"image sizes are multiples of 32, not {', '.join(map(str, wrong))}")
-        return sizes
+        return check_sizes(sizes)
 
 
 class DataSection(Settings):
@@ -171,6 +169,8 @@ class Quantization(Settings):
     """The precisions to try, and what calibrates the static ones."""
 
     schemes: NamesOrAuto = "auto"
+    where_possible: list[str] = []
+    """Tried too, where the target runs them in one of the formats: for recipes of every target."""
     calibration_images: int = Field(default=32, ge=1)
 
 
@@ -225,13 +225,6 @@ class Budget(Settings):
         if wrong := [name for name, most in value.items() if most <= 0]:
             raise ValueError(f"milliseconds are positive: {', '.join(wrong)}")
         return value
-
-
-class SearchSection(Settings):
-    """How much the loop may spend on looking."""
-
-    max_trained: int = Field(default=2, ge=1)
-    """Students trained at most."""
 
 
 class TrainSection(Settings):
@@ -290,7 +283,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.train is None and not (self.students and self.stages):
+        if self.train is None and not ((self.students or self.search.space) and self.stages):
             raise ValueError("a recipe needs 'students' and 'stages' (to distil) or 'train' (to train a teacher)")
         for what, given in (("student", [s.name for s in self.students]), ("stage", [s.name for s in self.stages])):
             twice = sorted({n for n in given if given.count(n) > 1})
@@ -340,7 +333,14 @@ def with_auto(recipe: Recipe, *, runs: Mapping[str, Sequence[str]], exports: Map
         possible = [s for f in recipe.formats if f in runs and f in exports for s in exports[f] if s in runs[f]]
         schemes = sorted(dict.fromkeys(possible), key=lambda s: s != REFERENCE_SCHEME)  # an integer-only NPU has none
         recipe = recipe.model_copy(update={"quantization": recipe.quantization.model_copy(update={"schemes": schemes})})
-    return recipe
+    return _with_possible(recipe, runs, exports)
+
+
+def _with_possible(recipe: Recipe, runs: Mapping[str, Sequence[str]], exports: Mapping[str, Sequence[str]]) -> Recipe:
+    """With the schemes of `where_possible` that some format has."""
+    asked = recipe.quantization
+    more = [s for s in asked.where_possible if any(s in runs.get(f, ()) and s in exports.get(f, ()) for f in recipe.formats)]
+    return recipe.model_copy(update={"quantization": asked.model_copy(update={"schemes": list(dict.fromkeys([*asked.schemes, *more])), "where_possible": []})})
 
 
 def dump(recipe: Recipe) -> str:

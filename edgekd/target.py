@@ -69,6 +69,22 @@ class Fact(Settings):
     source: str
 
 
+class Roofline(Settings):
+    """What the device could do at best, for predicting where nothing was measured (`edgekd.latency.roofline`)."""
+
+    unit: str
+    """Of what part of the device: `GPU`."""
+    formats: list[str] = []
+    """The formats that run there; all of the device's when empty."""
+    gflops: dict[Literal["fp32", "fp16", "int8"], float] = Field(min_length=1)
+    """10^9 operations a second of dense arithmetic, a multiply-add counting as two, by precision."""
+    gb_per_s: float = Field(gt=0)
+    """Of its memory, 10^9 bytes."""
+    efficiency: float = Field(default=0.3, gt=0, le=1)
+    """The share of `gflops` that networks of this size reach: a guess, unless `source` says what it comes from."""
+    source: str
+
+
 class Target(Settings):
     """A device profile."""
 
@@ -80,6 +96,7 @@ class Target(Settings):
     """Best format first."""
     limits: Limits = Limits()
     facts: list[Fact] = []
+    roofline: Roofline | None = None
 
     @model_validator(mode="after")
     def _runs_something(self) -> Self:

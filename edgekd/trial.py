@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgekd import artifact, console, exporting, schemes
 from edgekd.errors import EdgekdError
@@ -14,6 +14,7 @@ from edgekd.exporting import weights_sha256
 from edgekd.ledger import Ledger, Result
 from edgekd.measurement import Latency
 from edgekd.models.sam import Sam
+from edgekd.profiling.boards import Partly
 from edgekd.profiling.everything import profile_everything
 from edgekd.profiling.profile import Profile, profile_many
 from edgekd.protocols import Dataset
@@ -26,6 +27,9 @@ from edgekd.target import Target
 from edgekd.tasks.promptable import scoring
 from edgekd.tasks.promptable.predictor import Remembered
 from edgekd.workspace import fingerprint
+
+if TYPE_CHECKING:
+    from edgekd.latency.predictor import Prediction
 
 
 @dataclass(frozen=True)
@@ -120,25 +124,59 @@ def _with_manifest(row: CandidateRow, manifest: artifact.Manifest) -> CandidateR
 def profile(bench: Bench, rows: Sequence[CandidateRow], beside: Sequence[str] = (), *, memory: bool = True) -> tuple[list[CandidateRow], dict[str, Profile]]:
     """The rows with latencies, measured in turns in one process with the artifacts `beside` (the teacher); failed rows stay as they are.
 
-    On a target that cannot be reached nothing is measured and the rows stay without latency.
+    On a target that cannot be reached nothing is measured, and the latencies are predicted.
     """
     ids = [*(r.id for r in rows if r.status != "failed"), *beside]
     if not bench.target.reachable or not ids:
-        return list(rows), {}
+        return [predicted(bench, row) for row in rows], {}
     settings = bench.recipe.profile
     made = [fingerprint([f.model_dump() for f in artifact.Manifest.load(bench.artifact(i)).files]) for i in ids]
 
     def work() -> Result:
         console.log(f"profile {len(ids)} artifacts against each other")
-        found = profile_many([bench.artifact(i) for i in ids], target=bench.target, warmup=settings.warmup, repeats=settings.repeats,
-                             threads=bench.threads, prompts=bench.prompts, memory=memory)
-        return {"profiles": [p.model_dump(mode="json", by_alias=True) for p in found]}
+        failed: dict[str, str] = {}
+        try:
+            found = profile_many([bench.artifact(i) for i in ids], target=bench.target, warmup=settings.warmup, repeats=settings.repeats,
+                                 threads=bench.threads, prompts=bench.prompts, memory=memory)
+        except Partly as e:
+            if not e.errors:
+                raise
+            found, failed = e.profiles, e.errors
+        return {"profiles": {p.id: p.model_dump(mode="json", by_alias=True) for p in found}, "failed": failed}
 
     result = bench.ledger.once("profile", ",".join(ids), fingerprint([made, settings.model_dump(), bench.prompts, bench.threads, memory, bench.target.device.url]), work)
-    profiles = {i: Profile.model_validate(p) for i, p in zip(ids, result["profiles"], strict=True)}
+    profiles = {i: Profile.model_validate(p) for i, p in result["profiles"].items()}
     for id, one in profiles.items():
         one.save(bench.folder / "profiles" / f"{id}.json")
-    return [segmenting(bench, with_profile(row, profiles[row.id])) if row.id in profiles else row for row in rows], profiles
+    for id, why in result["failed"].items():
+        console.warn(f"{id} does not run on {bench.target.name}: {why}")
+    return [_timed(bench, row, profiles, result["failed"]) for row in rows], profiles
+
+
+def _timed(bench: Bench, row: CandidateRow, profiles: Mapping[str, Profile], failed: Mapping[str, str]) -> CandidateRow:
+    if row.id in failed:
+        return row.turned("failed", f"it does not run on the device: {failed[row.id]}", "profile")
+    return segmenting(bench, with_profile(row, profiles[row.id])) if row.id in profiles else row
+
+
+def predicted(bench: Bench, row: CandidateRow) -> CandidateRow:
+    """The row with latencies that nobody measured, marked so; without them where nothing is known of the device or of files of this format."""
+    if row.status == "failed" or not row.components:
+        return row
+    from edgekd.latency import predictor
+
+    try:
+        found = predictor.predict(bench.artifact(row.id), bench.target, threads=bench.threads, prompts=bench.prompts)
+    except EdgekdError as e:
+        console.log(f"{row.id}: no prediction ({e.what})")
+        return row
+    parts = {name: part.model_copy(update={"latency_ms": _guess(found.parts[name])}) if name in found.parts else part for name, part in row.components.items()}
+    return row.model_copy(update={"components": parts, "latency_ms": _guess(found)})
+
+
+def _guess(found: Prediction) -> Latency:
+    """A prediction as a latency whose quantiles are its interval."""
+    return Latency(p50=found.ms, p90=found.high, p99=found.high, mean=found.ms, min=found.low, n=0, provenance="predicted")
 
 
 def with_profile(row: CandidateRow, profile: Profile) -> CandidateRow:

@@ -34,7 +34,7 @@ KEPT = "edgekd.kept_fp32"
 """metadata key of a file: JSON of layer -> why it stays in fp32"""
 
 MODULE = "module"
-"""metadata key of a node: the torch module it came from"""
+"""metadata key of a node: the torch module it came from, "" for what the model computes outside of its modules"""
 
 NORMS = {"LayerNormalization", "InstanceNormalization", "GroupNormalization", "ReduceL2", "LpNormalization"}
 
@@ -131,10 +131,10 @@ def in_order(graph: onnx.GraphProto) -> None:
 
 
 def name_layers(graph: onnx.GraphProto, modules: Mapping[str, str]) -> None:
-    """Write the torch module of each node into its metadata, where the optimiser dropped it."""
+    """Write the torch module of each node into its metadata, where the optimiser dropped it; "" is the whole model."""
     for node in graph.node:
-        module = modules.get(node.name, "")
-        if module and not any(p.key == MODULE for p in node.metadata_props):
+        module = modules.get(node.name)
+        if module is not None and not any(p.key == MODULE for p in node.metadata_props):
             entry = node.metadata_props.add()
             entry.key, entry.value = MODULE, module
 

@@ -139,7 +139,7 @@ class Layer:
 
 def read_times(file: Path) -> Times:
     """What `--exportTimes` wrote. Raises EdgekdError when it is no such file, or empty."""
-    calls = _read(file, list)
+    calls = read_json(file, list)
     try:
         enqueue = [float(c["endEnqMs"]) - float(c["startEnqMs"]) for c in calls]
         return Times([float(c["latencyMs"]) for c in calls], [float(c["computeMs"]) for c in calls], enqueue)
@@ -150,14 +150,20 @@ def read_times(file: Path) -> Times:
 def read_profile(file: Path) -> dict[str, float]:
     """What `--exportProfile` wrote: layer -> its mean time in milliseconds, in the engine's order."""
     try:
-        return {row["name"]: float(row["averageMs"]) for row in _read(file, list) if "name" in row}
+        return {row["name"]: float(row["averageMs"]) for row in read_json(file, list) if "name" in row}
     except (KeyError, TypeError, ValueError) as e:
         raise EdgekdError(f"this is not the profile of trtexec: {e!r}", where=file) from e
 
 
+def profile_rows(file: Path) -> list[tuple[str, float]]:
+    """The same with the median where there is one, which TensorRT 8.5 and newer write."""
+    means = read_profile(file)
+    return [(row["name"], float(row.get("medianMs", means[row["name"]]))) for row in read_json(file, list) if "name" in row]
+
+
 def read_layers(file: Path) -> list[Layer]:
     """What `--exportLayerInfo`, or the engine's inspector, wrote."""
-    return layers_of(_read(file, dict), where=file)
+    return layers_of(read_json(file, dict), where=file)
 
 
 def layers_of(document: Mapping[str, Any], *, where: object = None) -> list[Layer]:
@@ -212,7 +218,8 @@ def _at(folder: str) -> Any:
     return lambda name: f"{folder.rstrip('/')}/{name}" if folder else name
 
 
-def _read(file: Path, kind: type) -> Any:
+def read_json(file: Path, kind: type) -> Any:
+    """A document of trtexec. Raises EdgekdError when it cannot be read, is of another kind or empty."""
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

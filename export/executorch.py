@@ -21,6 +21,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.export import _layers_executorch
 from edgekd.export._executorch import FIX, PteExporter, recaptured
 from edgekd.export._executorch_file import NAMES, Contents, read
 from edgekd.export._executorch_graph import rewrite
@@ -69,6 +70,11 @@ class ExecuTorchExporter(PteExporter):
         """A session on the CPU; `threads` counts for all sessions of the process, of which the runtime has one pool."""
         return ExecuTorchSession(Path(path), threads)
 
+    def layers(self, path: Path, *, scheme: str, inputs: Mapping[str, np.ndarray], threads: int | None = None, repeats: int = 30) -> list[dict[str, Any]]:
+        """See `edgekd.protocols.Facts.layers`."""
+        given = ExecuTorchSession(Path(path), threads).tensors(inputs)
+        return _layers_executorch.layers(_runtime(), Path(path), given, repeats, _said)
+
 
 def _program(component: Component) -> Program:
     """The component, captured once while it is exported again and again."""
@@ -106,14 +112,18 @@ class ExecuTorchSession:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs are copies. Raises EdgekdError for an array of another shape or type than the file's."""
-        import torch
-
-        given = [torch.from_numpy(_fitting(port, inputs[port.name])) for port in self._inputs]
+        given = self.tensors(inputs)
         try:
             found = self._forward.execute(given)
         except RuntimeError as e:
             raise EdgekdError(f"ExecuTorch cannot run the file: {first_line(e)}", where=self._path, hint="its reason is on stderr") from e
         return {n: o.numpy() for n, o in zip(self._outputs, found, strict=True)}
+
+    def tensors(self, inputs: Mapping[str, np.ndarray]) -> list[torch.Tensor]:
+        """The inputs as the runtime takes them, in the file's order. Raises as `run` does."""
+        import torch
+
+        return [torch.from_numpy(_fitting(port, inputs[port.name])) for port in self._inputs]
 
     @property
     def inputs(self) -> list[Port]:

@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.export import _layers_litert
 from edgekd.export._child import call
 from edgekd.export._inputs import looked_at
 from edgekd.export._litert_graph import ARITHMETIC, precision, tag
@@ -171,6 +172,14 @@ class LitertExporter(Facts):
         """A session on the CPU with `threads` threads (None: LiteRT's own choice, which is 1)."""
         return LitertSession(Path(path), threads)
 
+    def layers(self, path: Path, *, scheme: str, inputs: Mapping[str, np.ndarray], threads: int | None = None, repeats: int = 30) -> list[dict[str, Any]]:
+        """See `edgekd.protocols.Facts.layers`."""
+        return _layers_litert.layers(Path(path), inputs, threads, repeats, LitertSession(Path(path), threads).operators())
+
+    def modules(self, path: Path) -> Mapping[str, str]:
+        """Operators, by their number and what they write, -> modules."""
+        return _layers_litert.modules(LitertSession(Path(path)).operators())
+
 
 class LitertSession:
     """A `.tflite` file in LiteRT's interpreter, with XNNPACK for what that takes."""
@@ -222,12 +231,20 @@ class LitertSession:
         """Of the operators that carry the arithmetic: `fp32`, `int8`, or e.g. `int8+fp32` when both are left."""
         return precision([tag for kind, tag, _ in self._operators() if kind in ARITHMETIC])
 
+    def operators(self) -> list[dict[str, Any]]:
+        """See `edgekd.export._layers_litert.operators`."""
+        return _layers_litert.operators(self._interpreter, self._inside())
+
+    def _inside(self) -> set[int]:
+        """Numbers of the operators that XNNPACK computes."""
+        nodes = self._interpreter._get_ops_details()
+        return _delegated([n for n in nodes if n["op_name"] != "DELEGATE"], [n for n in nodes if n["op_name"] == "DELEGATE"])
+
     def _operators(self) -> list[tuple[str, str, bool]]:
         """(operator, type, whether XNNPACK computes it) of the file's graph."""
         types = {int(t["index"]): t["dtype"].__name__.rstrip("_") for t in self._interpreter.get_tensor_details()}
-        nodes = self._interpreter._get_ops_details()
-        plain = [n for n in nodes if n["op_name"] != "DELEGATE"]
-        inside = _delegated(plain, [n for n in nodes if n["op_name"] == "DELEGATE"])
+        plain = [n for n in self._interpreter._get_ops_details() if n["op_name"] != "DELEGATE"]
+        inside = self._inside()
 
         def of(tensors: Any) -> list[str]:
             return [types[int(t)] for t in tensors if int(t) in types]

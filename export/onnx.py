@@ -28,7 +28,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.export import _foreign
+from edgekd.export import _foreign, _layers_onnx
 from edgekd.export._gelu import reorder
 from edgekd.export._half import KEPT, asked, convert, module_of, name_layers, overflowing
 from edgekd.export._int8 import QDQ_STYLES, Source, quantizable, quantize
@@ -126,7 +126,7 @@ def _capture(component: Component) -> tempfile.TemporaryDirectory[str]:
                 component.module, tuple(component.example.values()), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
                 input_names=list(component.example), output_names=list(component.outputs), dynamic_shapes=shapes if component.dynamic else None)
             assert program is not None  # dynamo=True without a file always returns the program
-            modules = {key: module_of(n.metadata_props.get("pkg.torch.onnx.name_scopes", "")) for n in program.model.graph
+            modules = {key: module_of(scopes) for n in program.model.graph if (scopes := n.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
                        for key in (n.name or "", *(str(o.name) for o in n.outputs))}  # an operator that joins others is named after what one of them wrote
             _slim(program, file, large=is_large(component))
         skeleton = onnx.load(file, load_external_data=False)
@@ -236,13 +236,21 @@ class OnnxExporter(Facts):
         """A session on the CPU with `threads` threads (None: onnxruntime's own choice)."""
         return OnnxSession(Path(path), threads)
 
+    def layers(self, path: Path, *, scheme: str, inputs: Mapping[str, np.ndarray], threads: int | None = None, repeats: int = 30) -> list[dict[str, Any]]:
+        """See `edgekd.protocols.Facts.layers`."""
+        return _layers_onnx.layers(OnnxSession(Path(path), threads).start, Path(path), inputs, repeats)
+
+    def modules(self, path: Path) -> Mapping[str, str]:
+        """Nodes and the tensors they write -> modules."""
+        return _layers_onnx.modules(Path(path))
+
 
 class OnnxSession:
     """An ONNX file opened by onnxruntime on the CPU."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         self._path, self._threads = path, threads
-        self._session = self._start()
+        self._session = self.start()
         self._inputs = [i.name for i in self._session.get_inputs()]
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._graph: onnx.ModelProto | None = None
@@ -285,20 +293,27 @@ class OnnxSession:
 
             with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
                 file = Path(folder) / "optimised.onnx"
-                self._start(file)
+                self.start(optimised=file)
                 self._graph = onnx.load(file, load_external_data=False)
         return self._graph
 
     def _settle(self, options: Any) -> None:
         """Further settings of onnxruntime's session: none."""
 
-    def _start(self, optimised: Path | None = None) -> Any:
+    def start(self, trace: Path | None = None, optimised: Path | None = None) -> Any:
+        """onnxruntime's own session on the file, which writes the times of its operators and the graph that it executes, where that is wanted.
+
+        Raises:
+            EdgekdError: onnxruntime refuses the file.
+        """
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.log_severity_level = 3  # it warns that an optimised graph fits this CPU only, which is the point
         options.intra_op_num_threads, options.inter_op_num_threads = self._threads or 0, 1
         self._settle(options)
+        if trace:
+            options.enable_profiling, options.profile_file_prefix = True, str(trace)
         if optimised:
             options.optimized_model_filepath = str(optimised)
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{optimised.name}.data")
@@ -333,6 +348,7 @@ def _export(source: Source, target: Path, scheme: str, calibration: Any, qdq: st
         return _write(half, target, large=sum(len(t.raw_data) for t in half.graph.initializer) > LARGE)
     with _quiet():
         quantize(source, target, scheme=scheme, calibration=calibration, qdq=qdq, tuning=tuning)
+    _layers_onnx.renamed(source.file, target)
     return _written(target)
 
 

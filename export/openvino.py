@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.export import _foreign
+from edgekd.export import _foreign, _layers_openvino
 from edgekd.export._half import KEPT, Kept, by_layer, overflowing
 from edgekd.export._openvino_layers import FIX, in_float_types, marked, openvino, read, said
 from edgekd.export._openvino_quantize import Job, quantize
@@ -88,21 +88,29 @@ class OpenVinoExporter(Facts):
         if scheme == "bf16" or _hint(tuning) == "bf16":
             _require_bf16()
 
-    def open(self, path: Path, *, scheme: str, threads: int | None = None) -> OpenVinoSession:
-        """A session on the CPU with `threads` threads (None: OpenVINO's own choice)."""
+    def open(self, path: Path, *, scheme: str, threads: int | None = None, traced: bool = False) -> OpenVinoSession:
+        """A session on the CPU with `threads` threads (None: OpenVINO's own choice); `traced`: with the times of its operators."""
         if scheme == "bf16":
             _require_bf16()
         if scheme in INTEGER:
-            return OpenVinoSession(Path(path), _hint_of(Path(path)), threads)
+            return OpenVinoSession(Path(path), _hint_of(Path(path)), threads, traced)
         hint = HINTS[scheme] if scheme != "fp16" or "FP16" in _capabilities() else "f32"  # elsewhere f16 would become bf16, which is not what was asked
-        return OpenVinoSession(Path(path), hint, threads)
+        return OpenVinoSession(Path(path), hint, threads, traced)
+
+    def layers(self, path: Path, *, scheme: str, inputs: Mapping[str, np.ndarray], threads: int | None = None, repeats: int = 30) -> list[dict[str, Any]]:
+        """See `edgekd.protocols.Facts.layers`."""
+        return self.open(path, scheme=scheme, threads=threads, traced=True).layers(inputs, self.modules(path), repeats)
+
+    def modules(self, path: Path) -> Mapping[str, str]:
+        """Operators -> modules."""
+        return _layers_openvino.modules(Path(path))
 
 
 class OpenVinoSession:
     """An IR file compiled for the CPU with its precision fixed."""
 
-    def __init__(self, path: Path, hint: str, threads: int | None = None) -> None:
-        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    def __init__(self, path: Path, hint: str, threads: int | None = None, traced: bool = False) -> None:
+        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "PERF_COUNT": traced}
         if threads:
             config["INFERENCE_NUM_THREADS"] = threads
         try:
@@ -157,15 +165,25 @@ class OpenVinoSession:
         model = openvino().Core().read_model(str(self._path))
         return dict(json.loads(model.get_rt_info([KEPT]).astype(str))) if model.has_rt_info([KEPT]) else {}
 
+    def layers(self, inputs: Mapping[str, np.ndarray], known: Mapping[str, str], repeats: int) -> list[dict[str, Any]]:
+        """See `edgekd.export._layers_openvino.layers`; of a session that is traced."""
+        return _layers_openvino.layers(self._compiled, lambda: self.run(inputs), self._request.get_profiling_info, known,
+                                       lambda op: PRECISIONS.get(found := _kind_of(op)[1], found), repeats)
+
     def _layers(self) -> Iterator[tuple[str, str]]:
         """(layer type, precision) of every layer that is executed."""
         for op in self._compiled.get_runtime_model().get_ordered_ops():
-            info = op.get_rt_info()
-            kind, precision, primitive = (str(info[k].astype(str)) if k in info else "" for k in ("layerType", "runtimePrecision", "primitiveType"))
-            if precision == "f16":  # the plugin reports the weights' type there; its kernel's name ends in what it computes in
-                precision = primitive.rsplit("_", 1)[-1]
+            kind, precision = _kind_of(op)
             if kind and kind not in ("Input", "Output", "Const", "Constant"):
                 yield kind, precision
+
+
+def _kind_of(op: Any) -> tuple[str, str]:
+    """(layer type, precision) of an operator of the runtime's graph."""
+    info = op.get_rt_info()
+    kind, precision, primitive = (str(info[k].astype(str)) if k in info else "" for k in ("layerType", "runtimePrecision", "primitiveType"))
+    # of f16 the plugin reports the weights' type; its kernel's name ends in what it computes in
+    return kind, primitive.rsplit("_", 1)[-1] if precision == "f16" else precision
 
 
 def _write(job: Job, path: Path, scheme: str) -> list[Path]:
@@ -182,6 +200,7 @@ def _write(job: Job, path: Path, scheme: str) -> list[Path]:
             model = read(job.source, job.where)
         if scheme == "fp16":
             model = _keep(model, overflowing(job.source, job.calibration), Path(folder))
+        _layers_openvino.tell(model, job.source)
         return save(model, path, Path(folder), half=scheme == "fp16")
 
 

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.export import _layers_onnx
 from edgekd.export._child import call
 from edgekd.export._half import asked, convert, overflowing
 from edgekd.export._tensorrt_graph import HINT, Inside, inside, refuse_unsound, unsupported
@@ -35,6 +36,7 @@ from edgekd.tuning import PLAIN, Tuning
 from edgekd.workspace import write_json
 
 if TYPE_CHECKING:
+    import numpy as np
     from edgekd.export._tensorrt_run import EngineSession
 
 SCHEMES = ("fp16", "fp32", "w8a8_static", "fp8_static")
@@ -107,6 +109,19 @@ class TensorRtExporter(Facts):
 
         spec = read_spec(path)
         return EngineSession(engine(Path(path), spec), spec, inside(path).kept_fp32)
+
+    def layers(self, path: Path, *, scheme: str, inputs: Mapping[str, np.ndarray], threads: int | None = None, repeats: int = 30) -> list[dict[str, Any]]:
+        """See `edgekd.protocols.Facts.layers`: trtexec times the layers on inputs of these lengths, for as long as it thinks right."""
+        from edgekd.export._layers_tensorrt import layers
+        from edgekd.export._tensorrt_run import engine
+
+        spec = read_spec(path)
+        lengths = {symbol: inputs[name].shape[int(axis)] for name, axes in spec["axes"].items() if name in inputs for axis, symbol in axes.items()}
+        return layers(Path(path), spec, engine(Path(path), spec), lengths)
+
+    def modules(self, path: Path) -> Mapping[str, str]:
+        """Nodes and the tensors they write -> modules."""
+        return _layers_onnx.modules(Path(path))
 
     def check(self, component: Component, path: Path, *, scheme: str) -> Check:
         """Hold the file against TensorRT's rules and, where TensorRT-RTX is installed, have it parsed and compiled.

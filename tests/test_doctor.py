@@ -54,3 +54,36 @@ def test_examine__covers_the_machine(tmp_path: Path) -> None:
     assert found["python"]["ok"] and found["memory"]["total_bytes"] > 0 and found["disk"]["free_bytes"] > 0
     assert found["disk"]["folder"] == str(tmp_path.resolve())
     assert {"onnx", "openvino"} <= {f["name"] for f in found["formats"]}
+
+
+def ways() -> dict[str, dict[str, object]]:
+    return {str(t["name"]): t for t in doctor.transports()}
+
+
+def test_transports__every_way_works_or_says_what_mends_it() -> None:
+    found = ways()
+    assert list(found) == list(doctor.TRANSPORTS) and found["local"]["ok"]
+    assert all(t["ok"] is (t["fix"] is None) and t["note"] for t in found.values())
+
+
+def test_transports__what_is_missing_has_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from edgekd.profiling.transport import _ort_web
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("EDGEKD_CHROME", raising=False)
+    monkeypatch.setattr(doctor, "installed", lambda packages: {})
+    found = ways()
+    assert found["ssh"]["fix"] == found["adb"]["fix"] == 'pip install "edgekd[devices]"' and "apt-get install chromium" in str(found["browser"]["fix"])
+    program = tmp_path / "chromium"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(_ort_web, "find", lambda: None)
+    assert (ways()["browser"]["tool"], ways()["browser"]["fix"]) == (str(program), "edgekd doctor --install browser")
+
+
+def test_install__brings_what_the_measuring_page_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from edgekd.profiling.transport import _ort_web
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(_ort_web, "install", lambda progress: tmp_path)
+    assert doctor.install("browser") == tmp_path

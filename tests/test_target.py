@@ -111,3 +111,26 @@ def test_dump__is_the_same_target(tmp_path: Path) -> None:
     path = tmp_path / "t.yaml"
     path.write_text(target.dump(target.resolve("jetson")))
     assert target.resolve(path) == target.resolve("jetson")
+
+
+@pytest.mark.parametrize(("url", "transport", "kept"), [
+    ("ssh://pi@board:2222", "ssh", "ssh://pi@board:2222"), ("adb://", "adb", "adb://"), ("adb://R5CT", "adb", "adb://R5CT"), ("local", "local", None), ("browser", "browser", None),
+])
+def test_at__is_the_same_target_elsewhere(url: str, transport: str, kept: str | None) -> None:
+    before = target.resolve("jetson")
+    found = before.at(url, ssh_key=Path("key"))
+    assert (found.device.transport, found.device.url, found.device.ssh_key) == (transport, kept, Path("key"))
+    assert found.reachable and not before.reachable and found.formats == before.formats
+    assert before.at() == before
+
+
+def test_at__refuses_what_leads_nowhere() -> None:
+    with pytest.raises(UsageError, match="did you mean 'ssh'"):
+        target.resolve("jetson").at("shh://pi@board")
+
+
+def test_an_address_may_stand_in_a_target_of_ones_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("description: x\ndevice: {transport: ssh, how: y, url: 'ssh://pi@board', python: /opt/venv/bin/python}\nformats: {onnx: {schemes: [fp32]}}\n")
+    found = target.resolve(str(mine))
+    assert found.reachable and found.device.python == "/opt/venv/bin/python"

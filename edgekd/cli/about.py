@@ -69,7 +69,7 @@ def init(
 
 @app.command()
 def doctor(
-    install: Annotated[str | None, typer.Option("--install", metavar="NAME", help="First make the Python environment of a toolchain that cannot share this one: rknn.")] = None,
+    install: Annotated[str | None, typer.Option("--install", metavar="NAME", help="First make the Python environment of a toolchain that cannot share this one: rknn; or what the measuring page needs: browser.")] = None,
     json: Json = False,
 ) -> int:
     """Say what works here, and what mends the rest."""
@@ -87,7 +87,7 @@ def doctor(
             ["disk", mark[found["disk"]["ok"]], f"{found['disk']['free_bytes'] / gb:.1f} GB free", None]]
     rows += [[f"format {f['name']}", mark[f["ok"]], f["version"] or f["reason"], f["fix"]] for f in found["formats"]]
     rows += [[f"environment {e['name']}", mark[e["ok"]], " ".join(e["packages"]) if e["ok"] else e["reason"], e["fix"]] for e in found["environments"]]
-    rows += [[f"device by {t['name']}", mark[t["ok"]], t["note"], None] for t in found["transports"]]
+    rows += [[f"device by {t['name']}", mark[t["ok"]], t["note"], t["fix"]] for t in found["transports"]]
     rows += [[f"plug-in {p['name']}", "--", p["reason"], f"pip uninstall {p['origin']}, or mend it"] for p in found["plugins"]]
     console.table(["what", "", "found", "note or fix"], rows)
     return 0

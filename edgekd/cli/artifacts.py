@@ -162,6 +162,8 @@ def profile(
     format: Annotated[str | None, typer.Option("--format", help="Of a file, where its suffix does not say it (edgekd list formats).")] = None,
     scheme: Annotated[str | None, typer.Option("--scheme", help="Of a file: the precision to run it in, where its runtime has a choice.")] = None,
     length: Annotated[list[str] | None, typer.Option("--length", metavar="AXIS=N", help="Of a file: an axis of any length, 1 when left out. Repeatable.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Also what every operator takes, by the modules of the network, with advice.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="With --layers: a folder for a page of it, layers.html.")] = None,
     save: Annotated[bool, typer.Option("--save", help="Add it to your database of latencies, from which others are predicted.")] = False,
     device: DeviceUrl = None, ssh_key: SshKey = None, known_hosts: KnownHosts = None, board_python: BoardPython = None, json: Json = False,
 ) -> int:
@@ -176,9 +178,23 @@ def profile(
             console.table(["mode", "prompts", "masks", "total p50, ms", "of it decoder"],
                           [[r["mode"], r["prompts"], r["masks"], round(r["latency_ms"]["p50"], 1), round(r["parts_ms"]["decoder"]["p50"], 1)] for r in found])
         return 0
-    return show(api.profile(artifact=artifact, target=target, threads=threads, warmup=warmup, repeats=repeats, prompts=prompts,
-                            format=format, scheme=scheme, lengths=lengths(length or []), save=save,
-                            device=board(device, ssh_key, known_hosts, board_python)), json)
+    profiled = api.profile(artifact=artifact, target=target, threads=threads, warmup=warmup, repeats=repeats, prompts=prompts, format=format, scheme=scheme,
+                           lengths=lengths(length or []), layers=layers, save=save, output=output, device=board(device, ssh_key, known_hosts, board_python))
+    if layers and not json:
+        _show_costs(profiled)
+    return show({k: v for k, v in profiled.items() if json or k not in ("layers", "advice")}, json)
+
+
+def _show_costs(found: dict[str, Any], most: int = 15) -> None:
+    """The costliest layers, and what is advised."""
+    from edgekd import console
+
+    rows = sorted(found.get("layers", []), key=lambda r: -r["ms"])
+    console.table(["component", "layer", "operator", "ms", "% of it", "precision"],
+                  [[r["component"], r["name"], r["op"], round(r["ms"], 4), round(100 * r["share"], 1), r.get("precision")] for r in rows[:most]],
+                  title=f"{len(rows)} layers" if rows else "the runtime there told no layers")
+    for a in found.get("advice", []):
+        print(f"{a['component']}, {100 * a['share']:.0f} %, {a['ms']:.3g} ms: {a['what']}: {a['do']} ({a['see']})")
 
 
 @app.command()

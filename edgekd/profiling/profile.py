@@ -45,7 +45,7 @@ class Layer(_Model):
     name: str
     op: str
     ms: float
-    """Median of a run."""
+    """Of one run, the mean of the middle half of those timed: runtimes count in whole microseconds."""
     share: float
     """Of its component, 0..1."""
     precision: str | None = None
@@ -122,6 +122,11 @@ def profile_many(
 
             asked = boards.Asked(warmup=warmup, repeats=repeats, threads=threads, prompts=prompts, max_seconds=max_seconds, memory=memory, layers=layers)
             return boards.profile_many(device, folders, target, asked)
+        if layers:
+            from edgekd.profiling.layers import require
+
+            for folder in folders:
+                require(folder)
         there = [f.told(device.push(f.path)) if isinstance(f, ModelFile) else device.push(Path(f)) for f in folders]
         shared = ["--prompts", str(prompts), *door.flags(threads=threads)]
         timing = door.flags(threads=None, warmup=warmup, repeats=repeats, max_seconds=max_seconds)
@@ -130,8 +135,11 @@ def profile_many(
         found = ask(device, RUNNER, [*there, *shared, *timing], limit, where=names[0])
         peaks = [ask(device, RUNNER, [f, "--footprint", *shared], 180, where=n)["peak_memory_bytes"] if memory else None
                  for f, n in zip(there, names, strict=True)]
-    return [_profile(folder if isinstance(folder, ModelFile) else Path(folder), one, found["circumstances"], target if isinstance(target, str) else target.name, prompts, peak)
-            for folder, one, peak in zip(folders, found["artifacts"], peaks, strict=True)]
+        told = [ask(device, RUNNER, [f, "--layers", *shared, *timing], limit, where=n)["layers"] if layers else None for f, n in zip(there, names, strict=True)]
+    shown = target if isinstance(target, str) else target.name
+    return [_profile(folder if isinstance(folder, ModelFile) else Path(folder), one, found["circumstances"], shown, prompts, peak).model_copy(
+        update={"layers": None if rows is None else [Layer.model_validate(row) for row in rows]})
+            for folder, one, peak, rows in zip(folders, found["artifacts"], peaks, told, strict=True)]
 
 
 def ask(device: Transport, module: str, arguments: list[str], timeout_s: float, *, where: Path | None = None) -> Any:

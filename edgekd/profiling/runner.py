@@ -2,6 +2,7 @@
 
     python -m edgekd.profiling.runner FOLDER... [--repeats 30] [--threads 2] [--prompts 1]     samples, taken in turns
     python -m edgekd.profiling.runner FOLDER --footprint                                       peak memory of loading and one run
+    python -m edgekd.profiling.runner FOLDER --layers                                          what every operator takes, by the runtime's own count
 
 In place of a folder stands a model file alone, as `edgekd.profiling.bare.ModelFile.told` writes it.
 """
@@ -49,6 +50,15 @@ def footprint(folder: str, *, threads: int | None, prompts: int) -> dict[str, An
     return {"peak_memory_bytes": peak_memory_bytes(), "baseline_bytes": before}
 
 
+def layers(folder: str, *, threads: int | None, prompts: int, repeats: int) -> dict[str, Any]:
+    """What the operators of every component take, in this process, where nothing else is timed: counting slows a runtime down."""
+    from edgekd.profiling.layers import measured
+
+    model, _ = opened(folder, threads)
+    rows = measured(ModelFile.of(folder) or Path(folder), model, threads=threads, prompts=prompts, repeats=repeats)
+    return {"layers": [row.model_dump(mode="json") for row in rows]}
+
+
 def _described(model: Opened | OpenedFile, took: dict[str, float], samples: dict[str, Samples]) -> dict[str, Any]:
     parts = {part: {"samples_ms": samples[part].values, "warmup": samples[part].warmup, "steady": samples[part].steady, "load_ms": took[part],
                     "executed_precision": model.session(part).executed_precision, "executed_ops": model.session(part).executed_ops} for part in model.parts}
@@ -60,11 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, print. Errors go to stderr with exit code 1."""
     parser = door.parser("edgekd.profiling.runner", "Run artifacts here and print what was measured as JSON.", warmup=3, repeats=30)
     parser.add_argument("--footprint", action="store_true", help="peak memory of one artifact instead of latency")
+    parser.add_argument("--layers", action="store_true", help="what every operator of one artifact takes instead of latency")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="the only output there is; accepted for symmetry with edgekd")
     a = parser.parse_args(arguments)
     if a.footprint:
         return door.answer(lambda: footprint(a.folders[0], threads=a.threads, prompts=a.prompts))
+    if a.layers:
+        return door.answer(lambda: layers(a.folders[0], threads=a.threads, prompts=a.prompts, repeats=a.repeats))
     return door.answer(lambda: latency(a.folders, threads=a.threads, prompts=a.prompts, warmup=a.warmup, repeats=a.repeats, max_seconds=a.max_seconds))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from typing_extensions import Self
 
-from edgekd.errors import UsageError
+from edgekd.errors import EdgekdError, UsageError
 
 if TYPE_CHECKING:
     from edgekd.target import Target
@@ -26,6 +26,10 @@ class Completed:
     code: int
     stdout: str
     stderr: str
+
+
+class Lost(EdgekdError):
+    """The connection broke. What a command had written is still on the device, and the next call connects again."""
 
 
 class Transport(Protocol):
