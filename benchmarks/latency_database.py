@@ -35,7 +35,7 @@ from edgekd.models.fold import fold
 from edgekd.protocols import Component
 from edgekd.workspace import atomic_path, write_json
 
-SWEEP, SWEEP_ROUNDS, PER_FAMILY = 240, 2, 14
+SWEEP, SWEEP_ROUNDS, PER_FAMILY = 240, 3, 14
 import os
 OF=os.environ.get('OF','median')
 SIZES = (128, 160, 192, 224, 256, 288, 320, 384, 448, 512)

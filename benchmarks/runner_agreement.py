@@ -3,7 +3,8 @@
     python benchmarks/runner_agreement.py --output benchmarks/results/runner-agreement-2026-11-22.json
 
 Against OpenVINO's `benchmark_app` (synchronous, one stream, f32, the same threads): the same file, each in processes of its own that follow each other in
-turns, ours and theirs, then theirs and ours. Every round gives a ratio of medians, which a drifting machine leaves alone; the median of the rounds counts.
+turns, ours and theirs, then theirs and ours. Every round gives a ratio of medians, which a drifting machine leaves alone; the median of the rounds counts, and its 95 % interval says whether the
+machine was quiet enough to conclude anything (`conclusive`).
 
 Against onnxruntime's own figure, the `model_run` of its profile: one session, the same runs, timed by our loop from outside and by onnxruntime from inside.
 What lies between is the call from Python. Weights do not matter for latency: students are drawn from a seed.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -119,9 +121,20 @@ def against_onnxruntime(name: str, size: int, file: Path, folder: Path, *, round
 def _row(name: str, size: int, format: str, against: str, found: list[tuple[float, float]]) -> dict[str, Any]:
     ratios = [own / other for own, other in found]
     ratio = statistics.median(ratios)
+    low, high = interval(ratios)
     return {"student": name, "image_size": size, "format": format, "scheme": "fp32", "against": against, "provenance": "measured",
             "rounds": [{"ours_ms": own, "theirs_ms": other, "ratio": own / other} for own, other in found], "ratio_of_medians": ratio,
-            "ratio_least": min(ratios), "ratio_greatest": max(ratios), "goal": GOAL, "met": abs(ratio - 1) <= GOAL}
+            "ratio_interval": [low, high], "goal": GOAL, "met": abs(ratio - 1) <= GOAL, "conclusive": max(abs(low - 1), abs(high - 1)) <= GOAL}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Where the median lies with 95 % confidence whatever the distribution: order statistics by the binomial sign test."""
+    ordered, n = sorted(values), len(values)
+    k, tail = 0, 0.5 ** n
+    while k < n // 2 and 2 * tail <= 0.05:
+        k += 1
+        tail += math.comb(n, k) * 0.5 ** n
+    return ordered[max(0, k - 1)], ordered[n - max(1, k)]
 
 
 def main() -> None:
@@ -130,8 +143,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / f"benchmarks/results/runner-agreement-{date.today().isoformat()}.json")
     parser.add_argument("--students", nargs="+", default=["repvit_xs", "tinyvit_xs"])
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     a = parser.parse_args()
     timing = {"rounds": a.rounds, "repeats": a.repeats, "threads": a.threads}
@@ -144,7 +157,7 @@ def main() -> None:
     write_json(a.output, {"benchmark": "runner_agreement", "provenance": "measured", "goal": GOAL,
                           "rows": rows, "met": all(r["met"] for r in rows), "cores": os.cpu_count(),
                           "circumstances": Circumstances.capture(threads=a.threads, repeats=a.repeats).model_dump(mode="json")})
-    print(json.dumps([{k: r[k] for k in ("student", "format", "ratio_of_medians", "met")} for r in rows], indent=2))
+    print(json.dumps([{k: r[k] for k in ("student", "format", "ratio_of_medians", "ratio_interval", "met", "conclusive")} for r in rows], indent=2))
 
 
 if __name__ == "__main__":

@@ -383,5 +383,5 @@ def speedup(run: Run, chosen: str | None) -> schema.Speedup | None:
     return schema.Speedup(
         value=teacher.latency_ms.p50 / best.latency_ms.p50, provenance="measured",
         encoder=teacher.components["encoder"].latency_ms.p50 / best.components["encoder"].latency_ms.p50,
-        baseline=f"{run.bench.teacher.name} ({run.recipe.formats[0]} {REFERENCE_SCHEME}, this machine)")
+        baseline=f"{run.bench.teacher.name} ({run.recipe.formats[0]} {REFERENCE_SCHEME}, {'this machine' if run.options.target.device.transport == 'local' else run.options.target.name})")
 

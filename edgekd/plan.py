@@ -25,6 +25,8 @@ MEASURED_AT = 256
 ARTIFACT_SECONDS = 5.0
 TEACHER_FLOPS_SECONDS = 0.08  # one image of a 10 M parameter teacher at 256 px
 BASE_MEMORY = 1.2e9
+MOST_LISTED = 40
+"""Candidates that a plan names."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,12 @@ class Plan:
         lines = [f"plan: {self.recipe.teacher} -> {self.target.name} ({self.target.description}), recipe {self.recipe.name}",
                  f"  data        {self.data}: {'not there yet' if self.images is None else f'{self.images} images'}",
                  f"  budget      {budget}", f"  candidates  {len(self.points)}; students trained at most: {_trained(self.recipe, self.points)}"]
-        lines += [f"    {c.id}" for c in self.points]
+        if self.recipe.search.strategy == "explore":
+            lines += [f"              of {_students(self.points)} students; {_seen(self.recipe, self.points)} of them are looked at, {self.recipe.search.max_short} "
+                      f"trained for {self.recipe.search.share:.1%} of the steps at most"]
+        lines += [f"    {c.id}" for c in self.points[:MOST_LISTED]]
+        if (more := len(self.points) - MOST_LISTED) > 0:
+            lines += [f"    and {more} more"]
         lines += ["  stages      " + ", ".join(f"{s.name} ({s.steps} steps of {s.batch_size * s.accumulate})" for s in self.recipe.stages)]
         lines += ["  estimate    (predicted) " + ", ".join(f"{k} {duration(v)}" for k, v in self.seconds.items()),
                   f"              total {duration(sum(self.seconds.values()))}, memory {self.memory_bytes / 1e9:.1f} GB, disk {self.disk_bytes / 1e6:.0f} MB"]
@@ -76,13 +83,14 @@ def make_plan(recipe: Recipe, target: Target, data: str, points: Sequence[Candid
         notes.append(f"the teacher's weights are not here: {about.get('weights', 'give its folder')}")
     if not target.reachable:
         notes.append(f"the device cannot be measured from here ({target.device.how}); the verdict would be 'unverified'")
-    macs = max(_gmacs(c) for c in points)
-    trained = _trained(recipe, points)
+    macs = max(_gmacs(c) for c in _largest(points))
+    trained, search = _trained(recipe, points), recipe.search
+    trainings = trained + (min(search.max_short, _seen(recipe, points)) * search.share if search.strategy == "explore" else 0)
     work = sum(s.steps * s.batch_size * s.accumulate * _image_gmacs(s, macs, size) for s in recipe.stages)
     extra = sum(len(open_data(spec)) for spec in recipe.data.extra)
     per_image = TEACHER_FLOPS_SECONDS * params / 10 * (size / 256) ** 2
-    exported = trained * len({(c.format, c.scheme) for c in points}) + len({(c.student, c.image_size) for c in points})
-    seconds = {"cache": (images + extra) * per_image, "train": trained * work / TRAINING_GMACS_PER_SECOND, "export": exported * ARTIFACT_SECONDS,
+    exported = trained * len({(c.format, c.scheme) for c in points}) + min(_students(points), search.max_short if search.strategy == "explore" else _students(points))
+    seconds = {"cache": (images + extra) * per_image, "train": trainings * work / TRAINING_GMACS_PER_SECOND, "export": exported * ARTIFACT_SECONDS,
                "measure": exported * ARTIFACT_SECONDS}
     embedding = 2 * (128 if size == 256 else 256) * (size // 16) ** 2
     return Plan(recipe, target, data, images, list(points), {k: round(v, 1) for k, v in seconds.items()},
@@ -91,7 +99,28 @@ def make_plan(recipe: Recipe, target: Target, data: str, points: Sequence[Candid
 
 def _trained(recipe: Recipe, points: Sequence[Candidate]) -> int:
     """Students that are trained at most."""
-    return min(recipe.search.max_trained, len({(c.student, c.image_size) for c in points}))
+    return min(recipe.search.max_trained, _students(points))
+
+
+def _seen(recipe: Recipe, points: Sequence[Candidate]) -> int:
+    """Students that a search looks at."""
+    return min(recipe.search.trials, _students(points))
+
+
+def _students(points: Sequence[Candidate]) -> int:
+    """(student, size) pairs."""
+    return len({(c.student, c.image_size) for c in points})
+
+
+def _largest(points: Sequence[Candidate]) -> list[Candidate]:
+    """Of every architecture the student that can cost most: a space may have thousands, and counting one takes a while."""
+    largest: dict[str, tuple[float, Candidate]] = {}
+    for c in points:
+        name = students.parse(c.student)
+        size = name.width**2 * name.depth * c.image_size**2
+        if name.base not in largest or size > largest[name.base][0]:
+            largest[name.base] = (size, c)
+    return [c for _, c in largest.values()]
 
 
 def _gmacs(candidate: Candidate) -> float:

@@ -104,7 +104,7 @@ def test_a_missing_runtime__is_told_with_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(Trouble, match="the runtime of 'onnx' is missing on the board") as e:
         runtimes.open_part(Part("encoder", "onnx", "fp32", "x", ["x"], [], []), 1, {})
-    assert "pip install onnxruntime" in (e.value.hint or "") and "--python" in e.value.hint
+    assert "pip install onnxruntime" in (e.value.hint or "") and "--board-python" in e.value.hint
     with pytest.raises(Trouble, match="no runtime for files of the format 'coreml'"):
         runtimes.open_part(Part("encoder", "coreml", "fp32", "x", ["x"], [], []), 1, {})
 

@@ -101,7 +101,7 @@ def test_options__refuse_names_with_the_nearest(space: dict[str, Any], said: str
 
 
 def test_options__refuse_a_space_beyond_counting() -> None:
-    with pytest.raises(UsageError, match="take larger steps|more than"):
+    with pytest.raises(UsageError, match="more than 20000"):
         options(SpaceSection(families=["repvit"], width={"low": 0.25, "high": 4, "step": 0.01}, depth={"low": 0.25, "high": 4, "step": 0.05}), {})  # type: ignore[arg-type]
     assert MOST >= 10_000
 

@@ -28,6 +28,10 @@ SPREAD = 0.03
 LEVEL = 0.9
 """Share of networks that the interval is to hold."""
 LEAST_FAMILIES = 3
+BOUNDS = ([0.5, -0.005, 0.0], [2.0, 0.05, 2.0])
+"""Of a factor, of milliseconds an operator and of milliseconds a call"""
+LEAST_SHARE = 0.5
+"""of the sum of its operators that a network takes at least"""
 UNKNOWN_FACTOR = 2.0
 """What is added to the interval, times the share of operators of kinds that were never measured."""
 
@@ -38,7 +42,6 @@ class Operators:
     def __init__(self, rows: Sequence[OperatorRow], shapes: Mapping[str, Shape] | None = None) -> None:
         self.shapes: dict[str, Shape] = dict(shapes or {})
         self._smooth: dict[str, Smooth] = {}
-        self._factor: dict[str, float] = {}
         groups: dict[str, list[int]] = defaultdict(list)
         timed = [row for row in rows if row.times]
         for number, row in enumerate(timed):
@@ -53,15 +56,12 @@ class Operators:
         y, noise = np.log(np.maximum(ms, TICK_MS / 2) / ideal), SPREAD**2 + (0.7 * TICK_MS / np.maximum(ms, TICK_MS)) ** 2
         for kind, numbers in groups.items():
             if len(numbers) >= LEAST_ROWS and kind not in self.free:
-                self._add(kind, x[numbers], y[numbers], noise[numbers], ideal[numbers], ms[numbers])
+                self._add(kind, x[numbers], y[numbers], noise[numbers])
 
-    def _add(self, kind: str, x: Array, y: Array, noise: Array, ideal: Array, ms: Array) -> None:
+    def _add(self, kind: str, x: Array, y: Array, noise: Array) -> None:
         if kind not in self.shapes:
             self.shapes[kind] = learn(x, y, noise)
-        smooth = self._smooth[kind] = Smooth(self.shapes[kind], x, y, noise)
-        # A mean of logarithms is below the logarithm of the mean: the factor makes sums of operators right that were left out of the regression.
-        expected = (np.exp(smooth.left_out) * ideal[smooth.chosen]).sum()
-        self._factor[kind] = float(np.clip(ms[smooth.chosen].sum() / expected, 0.8, 1.25))
+        self._smooth[kind] = Smooth(self.shapes[kind], x, y, noise)
 
     def __call__(self, operators: Sequence[Operator]) -> tuple[Array, list[bool]]:
         """Milliseconds of each, and whether its kind is known."""
@@ -77,30 +77,31 @@ class Operators:
         for kind, numbers in groups.items():
             chosen = [operators[n] for n in numbers]
             ideal = np.array([features.ideal_ms(o) for o in chosen])
-            found[numbers] = ideal * (np.exp(self._smooth[kind](features.table(chosen))[0]) * self._factor[kind] if kind in self._smooth else 2.0)
+            found[numbers] = ideal * (np.exp(self._smooth[kind](features.table(chosen))[0]) if kind in self._smooth else 2.0)
         return found, known
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A network from its operators: `factor` times their sum, something for each of them, and something for the call."""
+    """A network from its operators: `factor` times their sum, something for each of them (less than nothing where tracing cost more than starting
+    an operator does), and something for the call."""
 
     factor: float = 1.0
     each_ms: float = 0.0
     call_ms: float = 0.0
 
     def __call__(self, sum_ms: float, count: int) -> float:
-        return self.factor * sum_ms + self.each_ms * count + self.call_ms
+        return max(self.factor * sum_ms + self.each_ms * count, LEAST_SHARE * sum_ms) + self.call_ms
 
     @classmethod
     def fit(cls, sums: Sequence[tuple[float, int]], ms: Sequence[float]) -> Whole:
-        """By relative least squares, drawn a little to (1, 0, 0); never negative."""
-        from scipy.optimize import nnls
+        """By relative least squares within `BOUNDS`, drawn a little to (1, 0, 0)."""
+        from scipy.optimize import lsq_linear
 
         truth = np.array(ms)
         a = np.array([[total, count, 1.0] for total, count in sums]) / truth[:, None]
         pull = np.diag([1.0, 100.0, 5.0]) * 0.3  # as much as a network that is off by 30 %, by 3 us an operator or by 0.06 ms
-        found, _ = nnls(np.concatenate([a, pull]), np.concatenate([np.ones(len(truth)), pull @ [1.0, 0.0, 0.0]]))
+        found = lsq_linear(np.concatenate([a, pull]), np.concatenate([np.ones(len(truth)), pull @ [1.0, 0.0, 0.0]]), bounds=BOUNDS).x
         return cls(*(float(v) for v in found))
 
 

@@ -116,9 +116,6 @@ class Smooth:
         covariance = self._kernel(self._scaled) + np.diag(shape.noise * noise + JITTER)
         precision = np.linalg.inv(covariance)
         self._weights = precision @ (y - values)
-        self.left_out = y - self._weights / np.diag(precision)
-        """What each point would be if it were not one of them, in the order of `chosen`."""
-        self.chosen = chosen
         self._precision = precision
 
     def _kernel(self, a: Array) -> Array:

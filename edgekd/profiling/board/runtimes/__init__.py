@@ -118,7 +118,7 @@ def module(format: str) -> Any:
             said = said or f"{type(e).__name__}: {e}".splitlines()[0]
     names = " or ".join(n.partition(".")[0] for n in MODULES[format])
     raise Trouble(f"the runtime of '{format}' is missing on the board: {said or f'no {names}'}", f"pip install {PACKAGES[format][0]} numpy there, or name the "
-                  "Python that has it with --python")
+                  "Python that has it with --board-python")
 
 
 def program(format: str, tools: Mapping[str, str]) -> str:
