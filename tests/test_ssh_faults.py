@@ -271,6 +271,15 @@ def test_hung_program__is_ended_with_all_its_children(board: sshd.Board, tmp_pat
         assert way.run(["echo", "goes on"], timeout_s=10).stdout == "goes on\n"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that was started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c__ends_the_program_on_the_board(board: sshd.Board, tmp_path: Path, mark: str) -> None:
     with board.connect(folder=str(tmp_path)) as way:
         when_started(tmp_path, mark, lambda: _thread.interrupt_main(signal.SIGINT))
