@@ -6,7 +6,8 @@
 
 Networks are encoders of every family of students at drawn widths, depths and sizes, and those of `operator_sweep.py`, which belong to no family.
 Each is measured in several rounds, so that what drifts in an hour falls on all alike; a round times an encoder untraced (the truth that predictions
-are held against) and, in another session, traced (the rows of its operators); the drawn networks are only traced. Rows are medians over rounds.
+are held against) and, in another session, traced (the rows of its operators); the drawn networks are only traced. A row is the median of the round that
+was disturbed least; the medians of all rounds are kept beside it.
 """
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,13 @@ import torch
 
 from edgekd import plugins, students
 from edgekd.latency import database, graphs
+from edgekd.latency.operators import Operator
 from edgekd.measurement import Circumstances
 from edgekd.models.fold import fold
 from edgekd.protocols import Component
 from edgekd.workspace import atomic_path, write_json
 
 SWEEP, SWEEP_ROUNDS, PER_FAMILY = 240, 3, 14
-import os
-OF=os.environ.get('OF','median')
 SIZES = (128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
 MACS = (0.02, 6.0)
 """10^9, least and most of an encoder"""
@@ -217,8 +218,8 @@ def measure(folder: Path, lock: Path | None, rounds: int, threads: int, chunk_s:
 
 
 def of_rounds(medians: list[float]) -> float:
-    """One time from those of several rounds."""
-    return (min if OF == "min" else statistics.median)(medians)
+    """One time from the medians of several rounds: that of the least disturbed. On a shared machine others only ever add to it."""
+    return min(medians)
 
 
 def write(folder: Path, output: Path, threads: int) -> None:
@@ -233,7 +234,7 @@ def write(folder: Path, output: Path, threads: int) -> None:
         writer = database.Writer(database.key_of(about, "host", runtime, "fp32", threads), about)
         for (id, of), taken in sorted(samples.items()):
             if of == runtime and id in rows:
-                operators = graphs.executed(folder / f"{id}.onnx", runtime)
+                operators = _graph(folder / f"{id}.onnx", runtime)
                 parts = {name: of_rounds([t["parts"].get(name, 0.0) for t in taken]) for name in taken[0]["parts"]}
                 took = [parts.get(o.name, 0.0) for o in operators]
                 if rounds := [statistics.median(t["whole"]) for t in taken if t["whole"]]:
@@ -242,6 +243,14 @@ def write(folder: Path, output: Path, threads: int) -> None:
                 else:
                     writer.parts(rows[id]["family"], operators, took)
         print(writer.save(output / f"{writer.key.slug}.jsonl.gz"), len(writer.rows), flush=True)
+
+
+def _graph(path: Path, runtime: str) -> list[Operator]:
+    """The executed graph, read once."""
+    kept = path.with_suffix(f".{runtime}.json")
+    if not kept.exists():
+        write_json(kept, [{"name": o.name, **o.told()} for o in graphs.executed(path, runtime)])
+    return [replace(Operator.read(row), name=row["name"]) for row in json.loads(kept.read_text())]
 
 
 def main() -> None:

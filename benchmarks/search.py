@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from edgekd.export.onnx import float_file
 from search_samplers import samplers
 
 from edgekd import exporting, students, tasks, teachers
@@ -35,7 +36,6 @@ from edgekd.distillation import verbs
 from edgekd.distillation.material import TrainingData, open_training_data
 from edgekd.errors import EdgekdError
 from edgekd.exploring import shortened
-from edgekd.export.onnx import float_file
 from edgekd.measurement import Latency
 from edgekd.profiling import profile_many
 from edgekd.quantization.calibration import calibrate

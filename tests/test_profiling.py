@@ -11,7 +11,7 @@ from tiny import fake_artifact, tiny_sam
 
 from edgekd.errors import EdgekdError, UsageError
 from edgekd.exporting import export_model
-from edgekd.profiling import Profile, everything, latency, profile, profile_many, runner
+from edgekd.profiling import Profile, everything, latency, profile_many, runner
 from edgekd.profiling.eager import profile_torch
 from edgekd.profiling.everything import profile_everything
 from edgekd.profiling.footprint import folder_bytes, peak_memory_bytes

@@ -255,7 +255,8 @@ class Explorer:
         if (rung == "full" and not last) or (rung == "short" and most_short is not None and len(self.climbed("short")) >= most_short):
             return "more students are to be proposed first"
         if rung == "measure" and not self.guesses():
-            return self.first_look()
+            self.first_look()
+            return None
         best_foretold = min(fits, key=lambda r: (self.doubt(r), r.id))
         self.climb(seen, rung, [best_foretold], f"{accuracy(row, budget.metric) or 0.0:.3f} may be hoped for")
         return None

@@ -79,7 +79,7 @@ class Study:
     def _sampler(self) -> Any:
         samplers, seed = self.optuna.samplers, self.seed * 1000 + self.waves
         if self.kind == "nsga2":
-            return samplers.NSGAIISampler(population_size=16, seed=seed, constraints_func=constraints)
+            return samplers.NSGAIISampler(population_size=8, seed=seed, constraints_func=constraints)
         return samplers.TPESampler(n_startup_trials=8, multivariate=True, group=True, seed=seed, constraints_func=constraints, warn_independent_sampling=False)
 
     # --- parameters
