@@ -229,7 +229,7 @@ def write(folder: Path, output: Path, threads: int) -> None:
     for line in (folder / f"samples-{threads}.jsonl").read_text().splitlines():
         one = json.loads(line)
         samples[one["id"], one["runtime"]].append(one)
-    about = Circumstances.capture(threads=threads)
+    about = Circumstances.capture(threads=threads).model_copy(update={"date": max(t["at"] for taken in samples.values() for t in taken), "load_average": None})
     for runtime in RUNTIMES:
         writer = database.Writer(database.key_of(about, "host", runtime, "fp32", threads), about)
         for (id, of), taken in sorted(samples.items()):

@@ -22,7 +22,7 @@ from typing import Any
 
 from edgekd.latency import quoted, roofline
 from edgekd.latency.database import NO_FAMILY, SHIPPED, Database, Key, ModelRow, open_database
-from edgekd.latency.fitting import Fitted, conformal, expanded
+from edgekd.latency.fitting import Fitted, expanded
 from edgekd.measurement import Circumstances, quantile
 from edgekd.workspace import write_atomic, write_json
 
@@ -54,23 +54,27 @@ class Rows:
         """Its encoders."""
         return [m for m in self.rows.models if m.family == family]
 
-    def errors(self, family: str, without: frozenset[str] = frozenset()) -> list[float]:
-        """log(predicted / measured) of a family left out beside others."""
-        fitted = self.fitted(without | {family})
-        return [math.log(fitted.ms(expanded(m, self.rows))[0] / m.ms) for m in self.of(family)]
+    def unseen(self, family: str, without: frozenset[str] = frozenset()) -> list[tuple[float, float]]:
+        """The uncorrected errors of a family left out beside others."""
+        return self.fitted(without | {family}).errors_of(self.of(family), self.rows)
 
-    def spread(self, family: str) -> float:
-        """Half the interval for a family, from the others, each left out beside it."""
-        return conformal([abs(e) for other in self.families if other != family for e in self.errors(other, frozenset({family}))])
+    def predictor(self, family: str | None = None) -> Fitted:
+        """As it ships, of all rows but those of a family: corrected, and with an interval, by leaving out a second one in turn."""
+        without = frozenset({family}) if family else frozenset[str]()
+        fitted = self.fitted(without)
+        fitted.errors = {other: self.unseen(other, without) for other in self.families if other != family}
+        return fitted
 
 
 def held_out(rows: Rows) -> list[dict[str, Any]]:
     """A row for every encoder of every family."""
     found = []
     for family in rows.families:
-        spread = math.exp(rows.spread(family))
-        for model, error in zip(rows.of(family), rows.errors(family), strict=True):
-            ms = model.ms * math.exp(error)
+        fitted = rows.predictor(family)
+        assert fitted.spread is not None
+        spread = math.exp(fitted.spread)
+        for model in rows.of(family):
+            ms = fitted.ms(expanded(model, rows.rows))[0]
             found.append({"encoder": model.id, "family": family, "measured_ms": model.ms, "rounds_ms": list(model.rounds), "predicted_ms": round(ms, 4),
                           "low_ms": round(ms / spread, 4), "high_ms": round(ms * spread, 4), "error": round(abs(ms / model.ms - 1), 4),
                           "inside": ms / spread <= model.ms <= ms * spread})
@@ -119,9 +123,8 @@ def runtime(key: Key, rows: Rows) -> tuple[dict[str, Any], list[dict[str, Any]]]
 
 def ship(key: Key, rows: Rows) -> None:
     """What was learned from all rows, and the errors that give the interval."""
-    whole = rows.fitted(frozenset())
-    whole.errors = {family: rows.errors(family) for family in rows.families}
-    print(write_atomic(SHIPPED / f"{key.slug}.learned.json", json.dumps(whole.told(), separators=(",", ":")) + "\n"), flush=True)
+    told = json.dumps(rows.predictor().told(), separators=(",", ":"))
+    print(write_atomic(SHIPPED / f"{key.slug}.learned.json", told + "\n"), flush=True)
 
 
 def networks() -> None:

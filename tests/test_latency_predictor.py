@@ -112,7 +112,7 @@ def test_whole__finds_the_overhead_also_a_negative_one_of_tracing() -> None:
 
 
 def test_fit__predicts_networks_of_families_that_it_has_not_seen(calibrated: Fitted) -> None:
-    errors = [abs(math.expm1(e)) for values in calibrated.errors.values() for e in values]
+    errors = [abs(math.expm1(e)) for values in calibrated.errors.values() for _, e in values]
     assert sorted(calibrated.errors) == ["a", "b", "c", "d"] and len(errors) == 40
     assert np.median(errors) < 0.05 and np.quantile(errors, 0.9) < 0.15
 
@@ -130,6 +130,16 @@ def test_fit__from_what_was_learned_is_the_same(rows: Database, fitted: Fitted) 
     again = Fitted.of(rows, json.loads(json.dumps(fitted.told())))
     network = samples.network(random.Random(5))
     assert again.ms(network)[0] == pytest.approx(fitted.ms(network)[0], rel=1e-3)
+
+
+def test_correction__finds_what_small_networks_take_less_and_an_offset() -> None:
+    rng = random.Random(0)
+    sizes = [rng.uniform(20, 29) for _ in range(120)]
+    errors = {"a": [(s, 0.03 + 0.06 * max(0.0, fitting.KNEE - s) + rng.gauss(0, 0.01)) for s in sizes]}
+    offset, slope = fitting.correction(errors)
+    assert offset == pytest.approx(0.03, abs=0.01) and slope == pytest.approx(0.06, abs=0.01)
+    assert fitting.corrected(22.0, 0.21, (offset, slope)) == pytest.approx(0.0, abs=0.02)
+    assert fitting.correction({"a": errors["a"][: fitting.LEAST_ROWS - 1]}) == (0.0, 0.0)
 
 
 def test_conformal__holds_what_it_promises() -> None:
@@ -168,14 +178,14 @@ def device(rows: Database, name: str, **changed: object) -> Database:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration takes five fits: where it is not what is tested, made-up errors stand for it."""
-    monkeypatch.setattr(Fitted, "calibrate", lambda self, rows, families=None: self.__dict__.update(errors={f: [0.02, -0.04, 0.05] for f in "abcd"}) or self)
+    monkeypatch.setattr(Fitted, "calibrate", lambda self, rows: self.__dict__.update(errors={f: [(24.0, 0.02), (25.0, -0.04), (26.0, 0.02)] for f in "abcd"}) or self)
 
 
 def test_predict__from_measured_operators(rows: Database, quick: None) -> None:
     network = samples.network(random.Random(3))
     found = predictor.predict_operators(network, "host", "onnx", threads=1, database=device(rows, keys.here()))
     assert found.ms == pytest.approx(1.1 * sum(map(samples.truth, network)) + 0.02, rel=0.12)
-    assert found.low < found.ms < found.high and found.high / found.low == pytest.approx(math.exp(0.1))
+    assert found.low < found.ms < found.high and found.high / found.low == pytest.approx(math.exp(2 * 0.04), rel=0.03)
     assert found.provenance == "predicted" and "measured operators of onnx" in found.why and "onnxruntime 0.0" in str(found.age_warning)
 
 

@@ -32,6 +32,11 @@ def ideal_ms(operator: Operator) -> float:
     return LEAST_MS + max(2 * operator.macs / GFLOPS, moved / GB_PER_S) / 1e6
 
 
+def footprint(operators: Sequence[Operator]) -> int:
+    """Bytes that a network goes through in one run: its weights, and everything that is written."""
+    return sum(o.bytes_weights + o.bytes_out for o in operators)
+
+
 def vector(operator: Operator) -> list[float]:
     """Numbers in the order of `NAMES`."""
     o, inputs = operator, operator.inputs or operator.weights or ((1,),)

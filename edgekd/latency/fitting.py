@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,8 @@ LEVEL = 0.9
 LEAST_FAMILIES = 3
 BOUNDS = ([0.5, -0.005, 0.0], [2.0, 0.05, 2.0])
 """Of a factor, of milliseconds an operator and of milliseconds a call"""
+KNEE = 25.0
+"""32 MB, about what the last cache holds, as a power of 2"""
 LEAST_SHARE = 0.5
 """of the sum of its operators that a network takes at least"""
 UNKNOWN_FACTOR = 2.0
@@ -105,14 +107,33 @@ class Whole:
         return cls(*(float(v) for v in found))
 
 
+Errors = Mapping[str, Sequence[tuple[float, float]]]
+"""Family -> of each of its networks the logarithm (base 2) of its footprint, and log(predicted / measured)."""
+
+
+def correction(errors: Errors) -> tuple[float, float]:
+    """(offset, slope) of errors: what predictions were off by, and how much more for each halving of the footprint below `KNEE`. What fits into
+    the caches runs faster than the same operators do in larger networks. By ridge regression; nothing for fewer than `LEAST_ROWS` networks."""
+    points = [(max(0.0, KNEE - size), error) for values in errors.values() for size, error in values]
+    if len(points) < LEAST_ROWS:
+        return 0.0, 0.0
+    a = np.array([[1.0, small] for small, _ in points])
+    found = np.linalg.solve(a.T @ a + np.eye(2), a.T @ np.array([error for _, error in points]))
+    return float(found[0]), float(found[1])
+
+
+def corrected(size: float, error: float, by: tuple[float, float]) -> float:
+    """An error, or 0, less what `correction` says of a footprint of 2**size bytes."""
+    return error - by[0] - by[1] * max(0.0, KNEE - size)
+
+
 @dataclass
 class Fitted:
-    """A model of one runtime on one device. `errors`: family -> log(predicted / measured) of its networks, predicted without it."""
+    """A model of one runtime on one device. `errors` are of networks predicted without their family, and without the correction that follows from them."""
 
     operators: Operators
     whole: Whole
-    errors: dict[str, list[float]] = field(default_factory=dict)
-    models: int = 0
+    errors: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Database, told: Mapping[str, Any] | None = None) -> Fitted:
@@ -122,17 +143,28 @@ class Fitted:
         taken = [m for m in rows.models if m.operators and all(rows.operators[n].times for n, _ in m.operators)]
         sums = [_sum(m, rows, operators) for m in taken]
         whole = Whole.fit(sums, [m.ms for m in taken]) if len(taken) >= LEAST_ROWS else Whole()
-        return cls(operators, whole, {k: list(v) for k, v in told.get("errors", {}).items()}, len(taken))
+        return cls(operators, whole, {k: [(float(a), float(b)) for a, b in v] for k, v in told.get("errors", {}).items()})
 
-    def calibrate(self, rows: Database, families: Iterable[str] | None = None) -> Fitted:
+    def calibrate(self, rows: Database) -> Fitted:
         """Fill in `errors` by leaving each family out in turn."""
-        for family in families if families is not None else sorted({m.family for m in rows.models} - {NO_FAMILY}):
-            without = Fitted.of(rows.without(family))
-            self.errors[family] = [math.log(without.ms(expanded(m, rows))[0] / m.ms) for m in rows.models if m.family == family and m.operators]
+        for family in sorted({m.family for m in rows.models} - {NO_FAMILY}):
+            self.errors[family] = Fitted.of(rows.without(family)).errors_of([m for m in rows.models if m.family == family], rows)
         return self
+
+    def errors_of(self, models: Sequence[ModelRow], rows: Database) -> list[tuple[float, float]]:
+        """Of measured networks, whose operators are numbers into `rows`."""
+        found = []
+        for model in models:
+            if operators := expanded(model, rows):
+                found.append((_size(operators), math.log(self._plain(operators)[0] / model.ms)))
+        return found
 
     def ms(self, operators: Sequence[Operator]) -> tuple[float, float]:
         """Milliseconds of a network, and the share of them that operators of unknown kinds take."""
+        total, unknown = self._plain(operators)
+        return total * math.exp(corrected(_size(operators), 0.0, correction(self.errors))), unknown
+
+    def _plain(self, operators: Sequence[Operator]) -> tuple[float, float]:
         times, known = self.operators(operators)
         total = float(times.sum())
         unknown = float(sum(t for t, k in zip(times, known, strict=True) if not k))
@@ -140,15 +172,20 @@ class Fitted:
 
     @property
     def spread(self) -> float | None:
-        """Half the width of the interval, as a logarithm; None when too few families were left out to know."""
+        """Half the width of the interval, as a logarithm, from errors that are corrected by those of the other families; None when too few were left
+        out to know."""
         if len(self.errors) < LEAST_FAMILIES:
             return None
-        return conformal([abs(e) for values in self.errors.values() for e in values])
+        found = []
+        for family, values in self.errors.items():
+            by = correction({f: v for f, v in self.errors.items() if f != family})
+            found += [abs(corrected(size, error, by)) for size, error in values]
+        return conformal(found)
 
     def told(self) -> dict[str, Any]:
         """What takes long to learn, as JSON."""
         return {"shapes": {k: s.told() for k, s in sorted(self.operators.shapes.items())},
-                "errors": {k: [round(e, 4) for e in v] for k, v in sorted(self.errors.items())}}
+                "errors": {k: [(round(a, 2), round(b, 4)) for a, b in v] for k, v in sorted(self.errors.items())}}
 
 
 def conformal(errors: Sequence[float], level: float = LEVEL) -> float:
@@ -160,6 +197,10 @@ def conformal(errors: Sequence[float], level: float = LEVEL) -> float:
 def expanded(model: ModelRow, rows: Database) -> list[Operator]:
     """A model's operators, each as often as it occurs."""
     return [rows.operators[n].operator for n, count in model.operators for _ in range(count)]
+
+
+def _size(operators: Sequence[Operator]) -> float:
+    return math.log2(max(1, features.footprint(operators)))
 
 
 def _sum(model: ModelRow, rows: Database, operators: Operators) -> tuple[float, int]:
