@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.export._gelu import fuse
 from edgekd.export._half import layers_of
 
 from edgekd.errors import EdgekdError
@@ -57,6 +58,8 @@ def write(file: Path, target: Path, tuning: Tuning, *, where: str, large: bool, 
     from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, TensorData, TensorsData
 
     model = onnx.load(file)
+    if not signed:
+        fuse(model)
     plan = _plan(model.graph, {k: g for k, g in tuning.grids.items() if k not in tuning.keep}, where)
     overrides: dict[str, Any] = {t: [_level(ends, signed=signed)] for t, ends in plan.ends.items()}
     constants = {t.name: t for t in model.graph.initializer}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.export import _grids, _ranges
+from edgekd.export._gelu import fuse
 from edgekd.export._half import layer_of, layers_of
 from edgekd.export._light import lighten
 
@@ -92,6 +93,8 @@ def _quantize(source: Source, target: Path, nodes: list[str], floats: list[str],
             quantize_dynamic(str(ready), str(target), op_types_to_quantize=["MatMul", "Gemm"], per_channel=channels, weight_type=QuantType.QInt8,
                              nodes_to_exclude=[*floats, *(f"{n}_MatMul" for n in floats)], use_external_data_format=large)
         else:
+            if qdq == "u8s8":  # an operator of onnxruntime's own
+                _join_gelus(ready, large)
             style = {**QDQ_STYLES[qdq], **({} if tuning.symmetric is None else {"ActivationSymmetric": tuning.symmetric})}
             nodes = _write_ranges(source, ready, found, nodes, worth, calibration, tuning.method, symmetric=bool(style.get("ActivationSymmetric")))
             quantize_static(str(ready), str(target), calibration_cache_path=str(found), quant_format=QuantFormat.QDQ, per_channel=channels,
@@ -99,6 +102,15 @@ def _quantize(source: Source, target: Path, nodes: list[str], floats: list[str],
                             activation_type=QuantType.QUInt8 if qdq == "u8s8" else QuantType.QInt8, use_external_data_format=large, extra_options=style)
             if qdq == "u8s8":  # TensorRT's parser takes no weights that nothing quantizes the input of
                 lighten(target, lambda node: any(stays_float(layer, tuning) for layer in layers_of(node)), large=large)
+
+
+def _join_gelus(file: Path, large: bool) -> None:
+    import onnx
+
+    model = onnx.load(file)
+    if fuse(model):
+        weights = {"save_as_external_data": True, "all_tensors_to_one_file": True, "location": f"{file.name}.gelu.data"} if large else {}
+        onnx.save(model, file, **weights)
 
 
 def _write_ranges(source: Source, ready: Path, file: Path, nodes: list[str], worth: list[str], calibration: Any, method: str, *,

@@ -402,3 +402,28 @@ def test_a_source_is_only_read(tmp_path):
     export(part, tmp_path, calibration=samples(part), method="entropy")
     assert file.read_bytes() == before and sorted(f.name for f in file.parent.iterdir()) == ["float.onnx"]
     assert Source(file, "x", False).varying is False
+
+
+class Gated(nn.Module):
+    """(1, 4, 8, 8) -> the same. Two convolutions with a GELU between them, and one that is no GELU: its two factors read different values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.second(nn.functional.gelu(self.first(images)))
+        return (images * 0.5) * (1 + torch.erf(x / 2**0.5))
+
+
+@pytest.mark.parametrize("qdq", ["u8s8", "s8s8_symmetric"])
+def test_a_gelu_between_integers_is_one_operator_where_onnxruntime_runs_it(tmp_path, qdq):
+    part = Component("encoder", Gated().eval(), {"images": torch.randn(1, 4, 8, 8)}, ("y",))
+    path = tmp_path / "x.onnx"
+    exporter.export(part, path, scheme="w8a8_static", calibration=samples(part), qdq=qdq)
+    kinds = [n.op_type for n in onnx.load(path).graph.node]
+    assert (kinds.count("Gelu"), kinds.count("Erf")) == ((1, 1) if qdq == "u8s8" else (0, 2))
+    session, inputs = exporter.open(path, scheme="w8a8_static", threads=1), samples(part)[0]
+    np.testing.assert_allclose(session.run(inputs)["y"], expected(part, inputs)[0], atol=0.1)
+    assert "int8" in session.executed_precision
