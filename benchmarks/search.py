@@ -1,6 +1,6 @@
-"""The search against the exhaustive best: 20 students of 5 families x 2 formats x 2 precisions, at budgets spread over what they take; JSON out.
+"""The search against the exhaustive best: 21 students of 4 families, each in 4 files, at budgets spread over what they take; JSON out.
 
-    python benchmarks/search.py --work build/search                 # the table (about 30 minutes of one core, kept a row a student), then the searches
+    python benchmarks/search.py --work build/search                 # the table (about an hour and a half of one core, kept a row a student), then the searches
     python benchmarks/search.py --work build/search --train-only    # the table's slow half, which is not timing-critical
     python benchmarks/search.py --replay benchmarks/results/search-2026-11-22.json        # the searches again from a committed table, seconds
 
@@ -53,21 +53,21 @@ from edgekd.tasks.promptable.predictor import Remembered
 from edgekd.workspace import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-TEACHER, TEST = "sam_nano", "scenes:seed=90001,count=24,size=192"
-SIZES = (128, 192)
-STUDENTS = {"repvit_xs": (0.5, 1.0), "repvit_m": (0.5, 1.0), "tinyvit_s": (0.5, 1.0), "nanosam": (0.25, 0.5), "efficient_sam_ti": (0.5,), "efficientvit_sam_l0": (0.25,)}
+TEACHER, TEST = "sam_nano", "scenes:seed=90001,count=48,size=192"
+SIZES = (128, 192, 256)
+STUDENTS = {"repvit_xs": (1.0,), "repvit_m": (0.5, 1.0), "tinyvit_s": (0.5,), "nanosam": (0.25, 0.5), "efficient_sam_ti": (0.5,)}
 KINDS = (("onnx", "fp32"), ("onnx", "w8a8_static"), ("openvino", "fp32"), ("openvino", "bf16"))
-SHORT = 0.125
+SHORT = 0.2
 SECTION: dict[str, Any] = {"share": SHORT, "max_short": 6, "max_trained": 2}
 FEW = 12
 RECIPE = """
 name: search_benchmark
 teacher: sam_nano
 students: [{name: repvit_xs, image_sizes: [128]}]
-data: {extra: ["scenes:seed=700,count=160,size=192"], val_fraction: 0.25}
+data: {extra: ["scenes:seed=700,count=1600,size=192"], val_fraction: 0.05}
 stages:
-  - {name: encoder, objectives: [{name: feature_mse}], trainable: [encoder], steps: 180, batch_size: 8, lr: 2.0e-3, min_lr: 1.0e-5, warmup: 8, weight_decay: 0.01, clip: 5.0}
-  - {name: prompts, objectives: [{name: prompt_masks}], trainable: [encoder, decoder], steps: 8, batch_size: 4, lr: 3.0e-4, min_lr: 1.0e-5, warmup: 2, instances: 6}
+  - {name: encoder, objectives: [{name: feature_mse}], trainable: [encoder], steps: 300, batch_size: 8, lr: 2.0e-3, min_lr: 1.0e-5, warmup: 15, weight_decay: 0.01, clip: 5.0}
+  - {name: prompts, objectives: [{name: prompt_masks}], trainable: [encoder, decoder], steps: 64, batch_size: 8, lr: 1.0e-3, min_lr: 1.0e-5, warmup: 5, instances: 6}
 """
 
 
