@@ -24,6 +24,7 @@ OPTIONs say how; without one, edgekd and the target's kernels decide:
     equalized                   cross-layer equalisation, or the library's own of that kind
     corrected | uncorrected     bias correction
     naive                       the quantizing library's own defaults, and nothing of what edgekd keeps in float; for comparison
+    modelopt                    quantized by NVIDIA's Model Optimizer in place of onnxruntime (TensorRT; `edgekd doctor --install modelopt`)
 
 KEYs make exceptions. The name of a component (`encoder`, `decoder`) gives it a scheme of its own. `rest` is the float type of everything that is not
 integer. Anything else is a pattern of layers (`fnmatch`: `features.3.*`, `encoder.features.3.*`), which stay in the float type that is its VALUE; one
@@ -106,7 +107,7 @@ SCHEMES = {s.name: s for s in (
 OPTIONS: dict[str, dict[str, Any]] = {
     "per_channel": {"granularity": "channel"}, "per_tensor": {"granularity": "tensor"}, "symmetric": {"symmetric": True}, "asymmetric": {"symmetric": False},
     **{method: {"method": method} for method in get_args(Method)}, "equalized": {"equalized": True}, "corrected": {"corrected": True},
-    "uncorrected": {"corrected": False}, "naive": {"naive": True},
+    "uncorrected": {"corrected": False}, "naive": {"naive": True}, "modelopt": {"quantizer": "modelopt"},
 }
 """option -> what it sets in a `Tuning`"""
 

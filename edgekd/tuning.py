@@ -44,6 +44,8 @@ class Tuning:
     """Bias correction; None: the format's own default."""
     naive: bool = False
     """The library's own defaults, and nothing of what edgekd keeps in float: what it is compared with. Takes no other option."""
+    quantizer: Literal["", "modelopt"] = ""
+    """A library in place of the format's usual one."""
     grids: Mapping[str, Grid] = field(default_factory=dict)
     """Layer -> trained ranges, which take the place of calibration; layers without one stay in float. Weights then lie on their grid already."""
 

@@ -64,6 +64,8 @@ class Environment:
 ENVIRONMENTS: Mapping[str, Environment] = {
     "rknn": Environment("files for Rockchip NPUs, and their simulator", ("rknn-toolkit2==2.5.0",), "from rknn.api import RKNN",
                         pythons=((3, 8), (3, 12)), machines=("x86_64",), disk=5.7 * GB),
+    "modelopt": Environment("int8 for TensorRT by NVIDIA's Model Optimizer", ("nvidia-modelopt[onnx]==0.47.0", "torch==2.13.0"),
+                            "from modelopt.onnx.quantization import quantize", pythons=((3, 10), (3, 13)), machines=("x86_64",), disk=2.1 * GB),
 }
 
 

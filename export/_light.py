@@ -1,11 +1,14 @@
-"""8-bit weights for what stays in float: the linear layers of a decoder's few tokens, whose activations break at 8 bits and whose weights are most of its
-file.
+"""8 bits for constants of what stays in float: the linear layers of a decoder's few tokens, whose activations break at 8 bits and whose weights are most of
+its file; convolutions of a single cell; tables of position and attention biases, which can outweigh all weights of a small transformer.
 
-onnxruntime computes them as MatMulNBits, in float and as fast as before (measured: 2.12 against 2.14 ms for one prompt, the file 0.44 of its size).
+    MatMul, Gemm         DequantizeLinear: onnxruntime computes them as MatMulNBits, in float and as fast as before (measured: 2.12 against 2.14 ms for one
+                         prompt, the file 0.44 of its size)
+    everything else      Cast and Mul, which onnxruntime computes once when it opens the file: it runs as if they were not there. (It leaves a
+                         DequantizeLinear where it is, and so a convolution could not prepare its weights: repvit_s, 0.68 of fp32's time against 0.54.)
 """
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,39 +17,46 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-WEIGHTED = ("MatMul", "Gemm")
-"""not convolutions: onnxruntime prepares their weights once, which it cannot where they are computed (repvit_s, 14 of a single cell: 0.68 of fp32's time
-against 0.54)"""
+LINEAR = ("MatMul", "Gemm")
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+TABLES = ("Add", "Sub")
+"""what adds a table to activations"""
 SMALLEST = 1024
-"""weights of a layer from which it is worth the two nodes"""
+"""numbers of a constant from which it is worth the nodes"""
 
 
 def lighten(file: Path, stays: Callable[[onnx.NodeProto], bool], *, large: bool) -> int:
-    """Rewrite a graph in place, with the constant float weights of its linear layers in 8 bits and a step for each output channel; how many there were.
+    """Rewrite a graph in place, with float constants of its layers and its tables in 8 bits: a step for each output channel of weights, one for each row
+    of a table. How many there were.
 
     Args:
-        stays: whether a node's weights are to stay as they are.
+        stays: whether a node's constants are to stay as they are.
         large: the weights lie in a file beside it.
     """
     import onnx
     from onnx import numpy_helper
 
     model = onnx.load(file)
-    graph, constants = model.graph, {t.name: t for t in model.graph.initializer}
-    readers = Counter(t for n in graph.node for t in n.input)
-    made: list[onnx.NodeProto] = []
+    graph, readers = model.graph, defaultdict[str, list[onnx.NodeProto]](list)
     for node in graph.node:
-        weight = constants.get(node.input[1]) if node.op_type in WEIGHTED else None
-        if weight is None or weight.data_type != onnx.TensorProto.FLOAT or readers[weight.name] > 1 or stays(node):
+        for name in node.input:
+            readers[name].append(node)
+    made: list[onnx.NodeProto] = []
+    for constant in [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1]:
+        values, used = numpy_helper.to_array(constant), readers[constant.name]
+        kept = _axes(constant.name, used, values)
+        if kept is None or values.size < SMALLEST or any(stays(node) for node in used):
             continue
-        values = numpy_helper.to_array(weight)
-        if values.size < SMALLEST or values.ndim != 2:
-            continue
-        axis = 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
-        levels, steps = _rounded(values, axis)
-        graph.initializer.remove(weight)
-        graph.initializer.extend([numpy_helper.from_array(levels, f"{weight.name}/levels"), numpy_helper.from_array(steps, f"{weight.name}/steps")])
-        made.append(onnx.helper.make_node("DequantizeLinear", [f"{weight.name}/levels", f"{weight.name}/steps"], [weight.name], name=f"{weight.name}/weight", axis=axis))
+        levels, steps = rounded(values, kept)
+        whole, step = f"{constant.name}/levels", f"{constant.name}/steps"
+        graph.initializer.remove(constant)
+        if used[0].op_type in LINEAR:
+            steps = steps.reshape(-1)
+            made.append(onnx.helper.make_node("DequantizeLinear", [whole, step], [constant.name], name=f"{constant.name}/weight", axis=kept[0]))
+        else:
+            made += [onnx.helper.make_node("Cast", [whole], [f"{whole}/float"], name=f"{constant.name}/cast", to=onnx.TensorProto.FLOAT),
+                     onnx.helper.make_node("Mul", [f"{whole}/float", step], [constant.name], name=f"{constant.name}/weight")]
+        graph.initializer.extend([numpy_helper.from_array(levels, whole), numpy_helper.from_array(steps, step)])
     if made:
         nodes = [*made, *graph.node]
         del graph.node[:]
@@ -55,13 +65,28 @@ def lighten(file: Path, stays: Callable[[onnx.NodeProto], bool], *, large: bool)
         if large:
             file.with_name(f"{file.name}.data").unlink(missing_ok=True)  # onnx would append to it
         onnx.save(model, file, **location)
-    return len(made)
+    return sum(node.name.endswith("/weight") for node in made)
 
 
-def _rounded(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """int8 levels of a matrix and the fp32 step of each index of `axis`, symmetric around 0."""
+def _axes(name: str, used: list[onnx.NodeProto], values: np.ndarray) -> tuple[int, ...] | None:
+    """The axes of a constant along which every index has a step of its own; None for one that is no weight of a layer and no table."""
+    kinds = {node.op_type for node in used}
+    if kinds and kinds <= set(TABLES):
+        return tuple(range(values.ndim - 1)) if values.shape[-2] > 1 else None  # a single row is a bias
+    if len(used) != 1 or list(used[0].input).index(name) != 1:
+        return None
+    (node,) = used
+    if node.op_type in LINEAR and values.ndim == 2:
+        return (0,) if any(a.name == "transB" and a.i for a in node.attribute) else (1,)
+    if node.op_type in CONVOLUTIONS:
+        return (0,) if node.op_type == "Conv" else (1,)
+    return None
+
+
+def rounded(values: np.ndarray, kept: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """int8 levels and their fp32 steps, which are symmetric around 0 and have length 1 along all axes but those kept."""
     import numpy as np
 
-    steps = np.maximum(np.abs(values).max(1 - axis) / 127, 1e-12).astype(np.float32)
-    along = np.expand_dims(steps, 1 - axis)
-    return np.clip(np.rint(values / along), -127, 127).astype(np.int8), steps
+    others = tuple(i for i in range(values.ndim) if i not in kept)
+    steps = np.maximum(np.abs(values).max(others, keepdims=True) / 127, 1e-12).astype(np.float32)
+    return np.clip(np.rint(values / steps), -127, 127).astype(np.int8), steps

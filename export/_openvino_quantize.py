@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.export._openvino_layers import bias_of, by_name, openvino, operators, read
+from edgekd.export._openvino_light import lighten
 from edgekd.export._ranges import Checked, key_of
 
 from edgekd.errors import EdgekdError, first_line
@@ -69,7 +70,7 @@ def quantize(job: Job) -> tuple[Any, dict[str, list[str]]]:
     plain = replace(job, tuning=replace(job.tuning, keep={}, rest="fp32"))
     content = key_of(job.source, job.calibration)
     if content is None or job.tuning.corrected or job.tuning.naive:  # accurate bias correction of a layer looks at all before it
-        return _compressed(_by_nncf(model, job, kept)), layers
+        return _compressed(_by_nncf(model, job, kept), kept, job), layers
     key = (f"{content}{job.varying}", repr(plain.tuning))
     if key not in _quantized:
         _quantized[key] = _by_nncf(read(job.source, job.where, folded=True), plain, set())
@@ -77,7 +78,7 @@ def quantize(job: Job) -> tuple[Any, dict[str, list[str]]]:
             _quantized.popitem(last=False)
     _quantized.move_to_end(key)
     found = reverted(_quantized[key], model, kept)
-    return _compressed(_by_nncf(model, job, kept) if found is None else found), layers
+    return _compressed(_by_nncf(model, job, kept) if found is None else found, kept, job), layers
 
 
 def _by_nncf(model: Any, job: Job, kept: set[str]) -> Any:
@@ -183,11 +184,13 @@ def _behind_quantizer(output: Any) -> Any | None:
     return value
 
 
-def _compressed(model: Any) -> Any:
-    """The model with its quantized weights in 8 bits."""
+def _compressed(model: Any, kept: set[str], job: Job) -> Any:
+    """The model with its weights in 8 bits: those that are quantized, and those of what stays in float unasked."""
     from openvino._offline_transformations import compress_quantize_weights_transformation
 
     compress_quantize_weights_transformation(model)
+    if not job.tuning.naive:
+        lighten(model, kept)
     return model
 
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.export import _layers_onnx
+from edgekd.export import _layers_onnx, _modelopt
 from edgekd.export._child import call
 from edgekd.export._half import asked, convert, overflowing
 from edgekd.export._tensorrt_graph import HINT, Inside, inside, refuse_unsound, unsupported
@@ -59,7 +59,7 @@ class TensorRtExporter(Facts):
     schemes: tuple[str, ...] = SCHEMES
     tunes: Mapping[str, frozenset[Any]] = {
         "keep": frozenset({"fp16", "fp32"}), "method": frozenset({"percentile", "entropy", "mse"}), "granularity": frozenset({"tensor"}),
-        "symmetric": frozenset({True})}
+        "symmetric": frozenset({True}), "quantizer": frozenset({"modelopt"})}
 
     def availability(self) -> Availability:
         """Files are ONNX and can be written wherever onnxruntime is; they run where TensorRT and a GPU are."""
@@ -204,8 +204,11 @@ def _write_scheme(component: Component, target: Path, scheme: str, calibration: 
         made = convert(source, [*overflowing(source, calibration), *asked(onnx.load(source, load_external_data=False), floats)])
     else:
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-            quantized = OnnxExporter().export(component, Path(folder) / "int8.onnx", scheme="w8a8_static", calibration=calibration, qdq=QDQ,
-                                              tuning=tuning)[0]
+            file = Path(folder) / "int8.onnx"
+            if tuning.quantizer:
+                quantized = _modelopt.quantize(source, file, calibration, tuning, where=component.name)
+            else:
+                quantized = OnnxExporter().export(component, file, scheme="w8a8_static", calibration=calibration, qdq=QDQ, tuning=tuning)[0]
             made = convert_quantized(quantized, source, calibration, fp8=scheme == "fp8_static", floats=floats)
     return _write(made, target, large=sum(len(t.raw_data) for t in made.graph.initializer) > LARGE)
 
