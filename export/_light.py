@@ -61,11 +61,18 @@ def lighten(file: Path, stays: Callable[[onnx.NodeProto], bool], *, large: bool)
         nodes = [*made, *graph.node]
         del graph.node[:]
         graph.node.extend(nodes)
-        location = {"save_as_external_data": True, "all_tensors_to_one_file": True, "location": f"{file.name}.data"} if large else {}
-        if large:
-            file.with_name(f"{file.name}.data").unlink(missing_ok=True)  # onnx would append to it
-        onnx.save(model, file, **location)
+        save(model, file, large=large)
     return sum(node.name.endswith("/weight") for node in made)
+
+
+def save(model: onnx.ModelProto, file: Path, *, large: bool) -> None:
+    """Write a whole graph in the place of the one in `file`; when `large`, its weights beside it."""
+    import onnx
+
+    beside = file.with_name(f"{file.name}.data")
+    if large:
+        beside.unlink(missing_ok=True)  # onnx would append to it
+    onnx.save(model, file, **({"save_as_external_data": True, "all_tensors_to_one_file": True, "location": beside.name} if large else {}))
 
 
 def _axes(name: str, used: list[onnx.NodeProto], values: np.ndarray) -> tuple[int, ...] | None:

@@ -427,3 +427,28 @@ def test_a_gelu_between_integers_is_one_operator_where_onnxruntime_runs_it(tmp_p
     session, inputs = exporter.open(path, scheme="w8a8_static", threads=1), samples(part)[0]
     np.testing.assert_allclose(session.run(inputs)["y"], expected(part, inputs)[0], atol=0.1)
     assert "int8" in session.executed_precision
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6()])
+@pytest.mark.parametrize("qdq", ["u8s8", "s8s8_symmetric"])
+def test_what_an_activation_cuts_off_gets_no_levels(tmp_path, qdq, act):
+    """The first convolution reaches far below and beyond what is left of it: all 8 bits are for the rest, and only behind the activation."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+    with torch.no_grad():
+        first.weight *= 20
+    part = Component("encoder", nn.Sequential(first, act, second).eval(), {"images": torch.randn(1, 3, 16, 16)}, ("y",))
+    path, inputs = tmp_path / "x.onnx", samples(part)[0]
+    exporter.export(part, path, scheme="w8a8_static", calibration=samples(part), qdq=qdq)
+    graph = onnx.load(path).graph
+    made = {t: n for n in graph.node for t in n.output}
+    activations = [n for n in graph.node if n.op_type in ("Relu", "Clip")]
+    assert [made[n.input[0]].op_type for n in activations] == ([] if qdq == "u8s8" else ["Conv"])
+    levels = 255 if qdq == "u8s8" else 127
+    reached = float(act(first(torch.from_numpy(np.concatenate([s["images"] for s in samples(part)])))).max())
+    steps = [float(v) for name, v in scales(path).items() if not name.startswith(("images", "y"))]
+    assert steps == pytest.approx([reached / levels], rel=0.02)
+    session = exporter.open(path, scheme="w8a8_static", threads=1)
+    wanted = expected(part, inputs)[0]
+    assert np.abs(session.run(inputs)["y"] - wanted).max() < 0.05 * np.abs(wanted).max()
+    assert qdq != "u8s8" or session.executed_precision == "int8"
