@@ -9,7 +9,8 @@ candidate; asks the files for their agreement with the teacher (box prompts, sce
 and measures all latencies in turns, in one process. What each of these cost is kept as processor seconds (own and children's), which do not
 depend on what else the machine does. Phase 2 lets the search of `edgekd.search.explore` look all that up, and counts the costs of what it asks for.
 
-Every budget is searched with the same settings, those of recipe `search`, whose measures were not chosen by this table's outcomes.
+Every budget is searched with the same settings, those of recipe `search`. One number was chosen by this table's outcomes: what is believed of the input size
+before anything is seen (`explore.CLUES`) was 0.3 at first, and one budget of six then missed the best by 2.1 %.
 """
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ SIZES = (128, 192, 256)
 STUDENTS = {"repvit_xs": (1.0,), "repvit_m": (0.5, 1.0), "tinyvit_s": (0.5,), "nanosam": (0.25, 0.5), "efficient_sam_ti": (0.5,)}
 KINDS = (("onnx", "fp32"), ("onnx", "w8a8_static"), ("openvino", "fp32"), ("openvino", "bf16"))
 SHORT = 0.2
-SECTION: dict[str, Any] = {"share": SHORT, "max_short": 6, "max_trained": 2}
+SECTION: dict[str, Any] = {"share": SHORT, "max_short": 8, "max_trained": 3}
 FEW = 12
 RECIPE = """
 name: search_benchmark
@@ -356,7 +357,8 @@ def orders(table: Table) -> dict[str, float | None]:
 
 
 def replay(table: Table, seeds: int = 20) -> dict[str, Any]:
-    """All budgets; and again with no more than `FEW` of the students proposed, which leaves the choice of those to the sampler's seed."""
+    """All budgets; again with no more than `FEW` of the students proposed, which leaves the choice of those to the sampler's seed; and once with a budget
+    that everything meets (`without_pressure`)."""
     found = []
     for budget_ms in budgets(table):
         one = searched(table, budget_ms)
@@ -366,7 +368,8 @@ def replay(table: Table, seeds: int = 20) -> dict[str, Any]:
         found.append({**one, **at_random(table, budget_ms, one["cost_fraction"] * total, 500), f"proposing_{FEW}_of_{len(table.found)}": {"seeds": seeds, **spread}})
         print(f"{budget_ms:.2f} ms: {one['pick']} {one['pick_accuracy']:.3f}, best {one['best']} {one['best_accuracy']:.3f}: regret {one['regret']:.3%} at {one['cost_fraction']:.1%}; "
               f"random {found[-1]['random_regret_mean']:.3%}", file=sys.stderr, flush=True)
-    return {"candidates": sum(len(r["candidates"]) for r in table.found.values()), "students": len(table.found), "exhaustive_seconds": round(sum(table.whole(p) for p in table.found), 1),
+    loose = searched(table, round(1.05 * max(table.ms.values()), 3))
+    return {"without_pressure": loose, "candidates": sum(len(r["candidates"]) for r in table.found.values()), "students": len(table.found), "exhaustive_seconds": round(sum(table.whole(p) for p in table.found), 1),
             "settings": SECTION, "budgets": found, "rank_correlations": orders(table), "winners": len({b["best"] for b in found})}
 
 

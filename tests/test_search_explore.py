@@ -167,7 +167,7 @@ def test_correlations__say_how_well_each_rung_ordered() -> None:
     outcome = search(world(0, short=1.0), budget_ms=40.0)
     found = outcome.correlations
     assert set(found) == {*(f"{clue} -> short" for clue in CLUES), "short -> full", "predict -> measure"}
-    assert found["score -> short"]["n"] == len(outcome.climbed("score"))
+    assert found["score -> short"]["n"] == len({*outcome.climbed("score")} & {*outcome.climbed("short")}) > 3
     for one in found.values():
         assert one["rho"] is None or -1 <= one["rho"] <= 1
 
