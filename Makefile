@@ -10,11 +10,12 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 .PHONY: setup demo test lint types
 setup: $(VENV)/.stamp
 
-$(VENV)/.stamp: pyproject.toml constraints.txt
+$(VENV)/.stamp: pyproject.toml constraints.txt examples/consumers/package-lock.json
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install -q -c constraints.txt -e ".[formats,dev]"
 	$(BIN)/pip install -q --no-deps torchdistill==1.1.5   # an oracle of tests alone; its own requirements bring a CUDA build of torch
+	command -v npm >/dev/null || { echo "no npm: the JavaScript examples are not tested, and target browser cannot be measured"; exit 0; }; npm ci --silent --prefix examples/consumers || echo "npm ci failed: the JavaScript examples are not tested"
 	touch $@
 
 demo: setup
