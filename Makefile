@@ -15,7 +15,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt examples/consumers/package-lock.j
 	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install -q -c constraints.txt -e ".[formats,dev]"
 	$(BIN)/pip install -q --no-deps torchdistill==1.1.5   # an oracle of tests alone; its own requirements bring a CUDA build of torch
-	command -v npm >/dev/null || { echo "no npm: the JavaScript examples are not tested, and target browser cannot be measured"; exit 0; }; npm ci --silent --prefix examples/consumers || echo "npm ci failed: the JavaScript examples are not tested"
+	@command -v npm >/dev/null || { echo "no npm: the JavaScript examples are not tested, and target browser cannot be measured"; exit 0; }; npm ci --silent --prefix examples/consumers || echo "npm ci failed: the JavaScript examples are not tested"
 	touch $@
 
 demo: setup
