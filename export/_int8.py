@@ -98,13 +98,10 @@ def _quantize(source: Source, target: Path, nodes: list[str], floats: list[str],
             if qdq == "u8s8":  # an operator of onnxruntime's own
                 _join_gelus(ready, large)
             style = {**QDQ_STYLES[qdq], **({} if tuning.symmetric is None else {"ActivationSymmetric": tuning.symmetric})}
-            symmetric = bool(style.get("ActivationSymmetric"))
-            nodes = _write_ranges(source, ready, found, nodes, worth, calibration, tuning.method, symmetric=symmetric)
+            nodes = _write_ranges(source, ready, found, nodes, worth, calibration, tuning.method, symmetric=bool(style.get("ActivationSymmetric")))
             quantize_static(str(ready), str(target), calibration_cache_path=str(found), quant_format=QuantFormat.QDQ, per_channel=channels,
                             op_types_to_quantize=[*ARITHMETIC, *CUTS], nodes_to_quantize=nodes, weight_type=QuantType.QInt8,
                             activation_type=QuantType.QUInt8 if qdq == "u8s8" else QuantType.QInt8, use_external_data_format=large, extra_options=style)
-            if symmetric:
-                _cut_before_rounding(target, large)
             if qdq == "u8s8":  # TensorRT's parser takes no weights that nothing quantizes the input of
                 lighten(target, lambda node: any(stays_float(layer, tuning) for layer in layers_of(node)), large=large)
 
@@ -114,28 +111,6 @@ def _join_gelus(file: Path, large: bool) -> None:
 
     model = onnx.load(file)
     if fuse(model):
-        save(model, file, large=large)
-
-
-def _cut_before_rounding(file: Path, large: bool) -> None:
-    """Remove in place what rounds between arithmetic and the activation that cuts it. Where 0 is in the middle of the levels, the quantizer leaves it
-    there, and TensorRT could not join the two."""
-    import onnx
-
-    model = onnx.load(file)
-    made = {t: n for n in model.graph.node for t in n.output}
-    readers = Counter(t for n in model.graph.node for t in n.input) + Counter(v.name for v in model.graph.output)
-    gone = set[str]()
-    for node in model.graph.node:
-        back = made.get(node.input[0]) if node.op_type in CUTS else None
-        there = made.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
-        if back and there and there.op_type == "QuantizeLinear" and readers[back.output[0]] == readers[there.output[0]] == readers[there.input[0]] == 1:
-            node.input[0] = there.input[0]
-            gone |= {back.name, there.name}
-    if gone:
-        kept = [n for n in model.graph.node if n.name not in gone]
-        del model.graph.node[:]
-        model.graph.node.extend(kept)
         save(model, file, large=large)
 
 

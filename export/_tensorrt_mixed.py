@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ LEAST_SCALE = 2.0**-17
 
 INT8_LARGEST, FP8_LARGEST = 127.0, 448.0
 QDQ = ("QuantizeLinear", "DequantizeLinear")
+CUTS = ("Relu", "Clip")
 QUANTIZED = "_quantized"
 """how onnxruntime ends the names of integer weights"""
 
@@ -52,7 +54,9 @@ def convert_quantized(file: Path, source: Path, calibration: Iterable[Mapping[st
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         ready = Path(folder) / "ready.onnx"
         try:
-            model = onnx.shape_inference.infer_shapes(_modern(onnx.load(file)), data_prop=True)
+            model = onnx.load(file)
+            _cut_before_rounding(model.graph)
+            model = onnx.shape_inference.infer_shapes(_modern(model), data_prop=True)
             name_layers(model.graph, _modules(model.graph, source))
             large = sum(len(t.raw_data) for t in model.graph.initializer) > 1 << 30
             onnx.save(model, ready, save_as_external_data=large, location="ready.data")
@@ -70,6 +74,23 @@ def convert_quantized(file: Path, source: Path, calibration: Iterable[Mapping[st
     except Exception as e:
         raise EdgekdError(f"the graph in eight and sixteen bits is not sound: {first_line(e)}", hint="use fp16") from e
     return half
+
+
+def _cut_before_rounding(graph: onnx.GraphProto) -> None:
+    """Remove in place what rounds between arithmetic and the activation that cuts it: where 0 is in the middle of the levels onnxruntime's quantizer leaves
+    it there, half of the levels are for what is cut off, and TensorRT cannot join the two."""
+    made = {t: n for n in graph.node for t in n.output}
+    readers = Counter(t for n in graph.node for t in n.input) + Counter(v.name for v in graph.output)
+    gone = set[str]()
+    for node in graph.node:
+        back = made.get(node.input[0]) if node.op_type in CUTS else None
+        there = made.get(back.input[0]) if back is not None and back.op_type == QDQ[1] else None
+        if back and there and there.op_type == QDQ[0] and readers[back.output[0]] == readers[there.output[0]] == readers[there.input[0]] == 1:
+            node.input[0] = there.input[0]
+            gone |= {back.output[0], there.output[0]}
+    kept = [n for n in graph.node if n.output[0] not in gone]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _modern(model: onnx.ModelProto) -> onnx.ModelProto:
