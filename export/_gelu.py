@@ -56,7 +56,7 @@ def fuse(model: onnx.ModelProto) -> int:
         for name in node.input:
             users[name].append(node)
     scalars = {t.name: float(onnx.numpy_helper.to_array(t).item()) for t in graph.initializer if list(t.dims) in ([], [1]) and t.data_type == onnx.TensorProto.FLOAT}
-    given, gone = {v.name for v in graph.output}, set[str]()
+    given, gone, found = {v.name for v in graph.output}, set[str](), 0
     for last in graph.node:
         chain = _chain(last, made, scalars)
         if chain is None or any(len(users[n.output[0]]) != 1 or n.output[0] in given for n in chain[1:]):
@@ -64,14 +64,15 @@ def fuse(model: onnx.ModelProto) -> int:
         x = next(i for i in chain[-1].input if i not in scalars)
         last.op_type, last.domain, last.input[:] = "Gelu", "com.microsoft", [x]
         gone.update(n.output[0] for n in chain[1:])
-    if not gone:
+        found += 1
+    if not found:
         return 0
     kept = [n for n in graph.node if n.output[0] not in gone]
     del graph.node[:]
     graph.node.extend(kept)
     if not any(o.domain == "com.microsoft" for o in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    return sum(n.op_type == "Gelu" for n in kept)
+    return found
 
 
 def _chain(last: onnx.NodeProto, made: Mapping[str, onnx.NodeProto], scalars: Mapping[str, float]) -> list[onnx.NodeProto] | None:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 ARITHMETIC = ("Conv", "MatMul", "Gemm")  # what is worth quantizing
 CUTS = ("Relu", "Clip")
-"""activations that do nothing but cut: what they cut off needs no levels (ranges taken before them cost sam_nano 0.2 of mask IoU)"""
+"""activations that do nothing but cut: what they cut off needs no levels (sam_nano's encoder in int8: a relative error of 0.26 with ranges taken before them,
+0.16 behind)"""
 MUCH = 0.05
 """share of a graph's weights"""
 QDQ_STYLES: Mapping[str, Mapping[str, Any]] = {

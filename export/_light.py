@@ -8,8 +8,9 @@ its file; convolutions of a single cell; tables of position and attention biases
 """
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,13 +42,14 @@ def lighten(file: Path, stays: Callable[[onnx.NodeProto], bool], *, large: bool)
     for node in graph.node:
         for name in node.input:
             readers[name].append(node)
-    made: list[onnx.NodeProto] = []
-    for constant in [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1]:
-        values, used = numpy_helper.to_array(constant), readers[constant.name]
-        kept = _axes(constant.name, used, values)
-        if kept is None or values.size < SMALLEST or any(stays(node) for node in used):
+    made, found = list[onnx.NodeProto](), 0
+    for constant in [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and math.prod(t.dims) >= SMALLEST]:
+        used = readers[constant.name]
+        kept = _axes(constant.name, used, constant.dims)
+        if kept is None or any(stays(node) for node in used):
             continue
-        levels, steps = rounded(values, kept)
+        found += 1
+        levels, steps = rounded(numpy_helper.to_array(constant), kept)
         whole, step = f"{constant.name}/levels", f"{constant.name}/steps"
         graph.initializer.remove(constant)
         if used[0].op_type in LINEAR:
@@ -62,7 +64,7 @@ def lighten(file: Path, stays: Callable[[onnx.NodeProto], bool], *, large: bool)
         del graph.node[:]
         graph.node.extend(nodes)
         save(model, file, large=large)
-    return sum(node.name.endswith("/weight") for node in made)
+    return found
 
 
 def save(model: onnx.ModelProto, file: Path, *, large: bool) -> None:
@@ -75,19 +77,24 @@ def save(model: onnx.ModelProto, file: Path, *, large: bool) -> None:
     onnx.save(model, file, **({"save_as_external_data": True, "all_tensors_to_one_file": True, "location": beside.name} if large else {}))
 
 
-def _axes(name: str, used: list[onnx.NodeProto], values: np.ndarray) -> tuple[int, ...] | None:
+def _axes(name: str, used: list[onnx.NodeProto], shape: Sequence[int]) -> tuple[int, ...] | None:
     """The axes of a constant along which every index has a step of its own; None for one that is no weight of a layer and no table."""
     kinds = {node.op_type for node in used}
     if kinds and kinds <= set(TABLES):
-        return tuple(range(values.ndim - 1)) if values.shape[-2] > 1 else None  # a single row is a bias
+        return rows(shape)
     if len(used) != 1 or list(used[0].input).index(name) != 1:
         return None
     (node,) = used
-    if node.op_type in LINEAR and values.ndim == 2:
+    if node.op_type in LINEAR and len(shape) == 2:
         return (0,) if any(a.name == "transB" and a.i for a in node.attribute) else (1,)
     if node.op_type in CONVOLUTIONS:
         return (0,) if node.op_type == "Conv" else (1,)
     return None
+
+
+def rows(shape: Sequence[int]) -> tuple[int, ...] | None:
+    """The axes of a table that number its rows; None for a single row, which is a bias."""
+    return tuple(range(len(shape) - 1)) if len(shape) > 1 and shape[-2] > 1 else None
 
 
 def rounded(values: np.ndarray, kept: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -46,8 +46,7 @@ def quantize(source: Path, target: Path, calibration: Iterable[Mapping[str, np.n
     nodes = onnx.load(source, load_external_data=False).graph.node
     floats = [f"^{re.escape(n.name)}$" for n in nodes if any(stays_float(layer, tuning) for layer in layers_of(n))]
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-        reader, count = Checked(calibration, where), 0
-        for count, sample in enumerate(iter(reader.get_next, None), start=1):
+        for count, sample in enumerate(Checked(calibration, where)):
             np.savez(Path(folder) / f"{count:06d}.npz", **sample)
         request = {"graph": str(source), "output": str(target), "samples": folder, "excluded": floats, "method": METHODS[tuning.method]}
         _child.call(f"{CHILD}:quantize", request, minutes=MINUTES, what="NVIDIA's Model Optimizer", python=python)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from edgekd.export._light import SMALLEST, rounded
+from edgekd.export._light import SMALLEST, rounded, rows
 from edgekd.export._openvino_layers import openvino, readers
 
 CHANNELS = {"Convolution": (0,), "GroupConvolution": (0, 1), "ConvolutionBackpropData": (1,)}
@@ -33,7 +33,7 @@ def _axes(op: Any) -> tuple[int, ...] | None:
     used, shape = readers(op), list(op.output(0).get_shape())
     kinds = {r.get_type_name() for r in used}
     if kinds and kinds <= TABLES:
-        return tuple(range(len(shape) - 1)) if len(shape) > 1 and shape[-2] > 1 else None  # a single row is a bias
+        return rows(shape)
     if len(used) != 1 or [t.get_index() for t in op.output(0).get_target_inputs()] != [1]:
         return None
     if kinds == {"MatMul"} and len(shape) == 2:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.export._half import KEPT, MODULE, Kept, asked, by_layer, convert, name_layers, overflowing
+from edgekd.export._int8 import CUTS
 
 from edgekd.errors import EdgekdError, first_line
 
@@ -31,7 +32,6 @@ LEAST_SCALE = 2.0**-17
 
 INT8_LARGEST, FP8_LARGEST = 127.0, 448.0
 QDQ = ("QuantizeLinear", "DequantizeLinear")
-CUTS = ("Relu", "Clip")
 QUANTIZED = "_quantized"
 """how onnxruntime ends the names of integer weights"""
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def test_its_reader_tells_samples_in_order_again_and_again(tmp_path):
 
 def test_the_child_needs_nothing_of_edgekd():
     code = f"import sys; sys.path.insert(0, {str(_modelopt.CHILD.parent)!r}); import _modelopt_child; assert not [m for m in sys.modules if m.startswith('edgekd')]"
-    subprocess.run(["python3", "-I", "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, timeout=60)
 
 
 @installed
